@@ -1,0 +1,1 @@
+"""Data sets on disk, and the order in which training reads them. Knows nothing of models."""
