@@ -1,0 +1,261 @@
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from vla import InputError
+from vla.data.lerobot import LeRobotDataset
+from vla.data.stats import statistics
+from vla.data.write import LeRobotWriter
+
+CAMERAS = {"table": (6, 8), "gripper": (6, 8)}
+STATE_NAMES, ACTION_NAMES = ["x", "y", "z"], ["dx", "dy"]
+
+
+def episode(seed, length=5, instruction="put the cube on the plate"):
+    rng = np.random.default_rng(seed)
+    return {
+        "images": {name: rng.integers(0, 256, (length, 3, h, w), dtype=np.uint8) for name, (h, w) in CAMERAS.items()},
+        "state": rng.normal(seed, 1, (length, 3)).astype(np.float32),
+        "actions": rng.normal(0, 1, (length, 2)).astype(np.float32),
+        "instruction": instruction,
+    }
+
+
+def writer(root, **options):
+    names = {"state_names": STATE_NAMES, "action_names": ACTION_NAMES}
+    return LeRobotWriter(root, fps=10, cameras=CAMERAS, robot_type="tabletop", **names, **options)
+
+
+def write(root, episodes, **options):
+    with writer(root, **options) as out:
+        for one in episodes:
+            out.add_episode(**one)
+
+
+@pytest.mark.parametrize(("chunks_size", "data_files_size_in_mb", "files"), [(1000, 100, 1), (2, 0, 5), (1, 0.005, 2)])
+def test_what_is_read_equals_what_was_written_bit_for_bit(tmp_path, chunks_size, data_files_size_in_mb, files):
+    episodes = [episode(seed, length, f"task {seed % 3}") for seed, length in enumerate([5, 1, 7, 12, 3])]
+    write(tmp_path / "set", episodes, chunks_size=chunks_size, data_files_size_in_mb=data_files_size_in_mb)
+    assert len(list(tmp_path.glob("set/data/*/*.parquet"))) == files
+    data = LeRobotDataset(tmp_path / "set")
+    frames = np.arange(data.num_frames)
+    assert (data.num_episodes, data.num_frames, data.fps) == (5, 28, 10)
+    assert (data.cameras, data.image_size) == (("table", "gripper"), (6, 8))
+    assert (data.state_names, data.action_names) == (STATE_NAMES, ACTION_NAMES)
+    np.testing.assert_array_equal(data.state, np.concatenate([one["state"] for one in episodes]))
+    np.testing.assert_array_equal(data.actions, np.concatenate([one["actions"] for one in episodes]))
+    for n, camera in enumerate(data.cameras):
+        written = np.concatenate([one["images"][camera] for one in episodes])
+        np.testing.assert_array_equal(data.images(frames)[:, n], written)
+    np.testing.assert_array_equal(data.episode_from, [0, 5, 6, 13, 25])
+    np.testing.assert_array_equal(data.episode_to, [5, 6, 13, 25, 28])
+    for one, first in zip(episodes, data.episode_from, strict=True):
+        assert data.instructions[data.task_index[first]] == one["instruction"]
+    assert data.instructions == ["task 0", "task 1", "task 2"]
+
+
+def test_files_follow_the_format_and_hold_one_row_group_per_episode(tmp_path):
+    write(tmp_path / "set", [episode(0, 4, "open"), episode(1, 3, "close"), episode(2, 2, "open")])
+    parquet = pq.ParquetFile(tmp_path / "set/data/chunk-000/file-000.parquet")
+    assert [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)] == [4, 3, 2]
+    assert parquet.metadata.row_group(0).column(0).compression == "SNAPPY"
+    types = {field.name: field.type for field in parquet.schema_arrow}
+    image = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    int64 = dict.fromkeys(["frame_index", "episode_index", "index", "task_index"], pa.int64())
+    assert types == {
+        "observation.images.table": image,
+        "observation.images.gripper": image,
+        "observation.state": pa.list_(pa.float32(), 3),
+        "action": pa.list_(pa.float32(), 2),
+        "timestamp": pa.float32(),
+        **int64,
+    }
+    rows = parquet.read(["timestamp", *int64]).to_pydict()
+    np.testing.assert_allclose(rows["timestamp"], [0, 0.1, 0.2, 0.3, 0, 0.1, 0.2, 0, 0.1])
+    assert rows["frame_index"] == [0, 1, 2, 3, 0, 1, 2, 0, 1]
+    assert rows["episode_index"] == [0, 0, 0, 0, 1, 1, 1, 2, 2]
+    assert rows["index"] == list(range(9))
+    assert rows["task_index"] == [0, 0, 0, 0, 1, 1, 1, 0, 0]
+
+    info = json.loads((tmp_path / "set/meta/info.json").read_text())
+    features = info.pop("features")
+    assert info == {
+        "codebase_version": "v3.0",
+        "fps": 10,
+        "robot_type": "tabletop",
+        "total_episodes": 3,
+        "total_frames": 9,
+        "total_tasks": 2,
+        "chunks_size": 1000,
+        "data_files_size_in_mb": 100,
+        "video_files_size_in_mb": 200,
+        "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
+        "video_path": None,
+        "splits": {"train": "0:3"},
+    }
+    assert features.keys() == types.keys()
+    names = ["channels", "height", "width"]
+    assert features["observation.images.table"] == {"dtype": "image", "shape": [3, 6, 8], "names": names}
+    assert features["observation.state"] == {"dtype": "float32", "shape": [3], "names": STATE_NAMES}
+    assert features["timestamp"] == {"dtype": "float32", "shape": [1], "names": None}
+
+
+def test_tasks_are_a_pandas_frame_indexed_by_task(tmp_path):
+    write(tmp_path / "set", [episode(0, 2, "open"), episode(1, 2, "close")])
+    table = pq.read_table(tmp_path / "set/meta/tasks.parquet")
+    assert table.to_pydict() == {"task_index": [0, 1], "task": ["open", "close"]}
+    pandas = json.loads(table.schema.metadata[b"pandas"])
+    assert pandas["index_columns"] == ["task"]
+    assert [column["field_name"] for column in pandas["columns"]] == ["task_index", "task"]
+
+
+def test_episodes_table_says_where_each_episode_lies(tmp_path):
+    write(tmp_path / "set", [episode(seed, 4 + seed) for seed in range(3)], chunks_size=2, data_files_size_in_mb=0)
+    table = pq.read_table(tmp_path / "set/meta/episodes/chunk-000/file-000.parquet")
+    rows = table.to_pydict()
+    assert rows["episode_index"] == [0, 1, 2]
+    assert rows["tasks"] == [["put the cube on the plate"]] * 3
+    assert rows["length"] == [4, 5, 6]
+    assert (rows["dataset_from_index"], rows["dataset_to_index"]) == ([0, 4, 9], [4, 9, 15])
+    assert (rows["data/chunk_index"], rows["data/file_index"]) == ([0, 0, 1], [0, 1, 0])
+    assert (rows["meta/episodes/chunk_index"], rows["meta/episodes/file_index"]) == ([0] * 3, [0] * 3)
+    np.testing.assert_allclose(rows["stats/observation.state/mean"][2], episode(2, 6)["state"].mean(0), rtol=1e-6)
+    assert np.shape(rows["stats/observation.images.table/std"]) == (3, 3, 1, 1)
+    files = sorted(str(file.relative_to(tmp_path / "set/data")) for file in tmp_path.glob("set/data/*/*"))
+    assert files == ["chunk-000/file-000.parquet", "chunk-000/file-001.parquet", "chunk-001/file-000.parquet"]
+
+
+def test_stored_quantiles_are_those_of_all_frames_and_not_an_envelope_of_episodes(tmp_path):
+    episodes = [episode(seed, 40) for seed in (0, 5, 10)]
+    write(tmp_path / "set", episodes)
+    stats = json.loads((tmp_path / "set/meta/stats.json").read_text())["observation.state"]
+    values = np.concatenate([one["state"] for one in episodes]).astype(np.float64)
+    for name, quantile in {"q01": 0.01, "q10": 0.1, "q50": 0.5, "q90": 0.9, "q99": 0.99}.items():
+        np.testing.assert_allclose(stats[name], np.quantile(values, quantile, axis=0), rtol=1e-6)
+    envelope = np.min([np.quantile(one["state"], 0.1, axis=0) for one in episodes], axis=0)
+    assert (np.abs(stats["q10"] - envelope) > 0.1).all()
+    np.testing.assert_allclose(stats["mean"], values.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(stats["std"], values.std(0), rtol=1e-6)
+    assert stats["min"] == values.min(0).tolist()
+    assert stats["max"] == values.max(0).tolist()
+    assert stats["count"] == [120]
+
+
+def test_image_statistics_are_those_of_every_tenth_frame_scaled_to_one(tmp_path):
+    episodes = [episode(0, 25), episode(1, 10)]
+    write(tmp_path / "set", episodes)
+    stats = json.loads((tmp_path / "set/meta/stats.json").read_text())["observation.images.gripper"]
+    sampled = np.concatenate([one["images"]["gripper"][::10] for one in episodes]) / 255
+    pixels = sampled.transpose(1, 0, 2, 3).reshape(3, -1)
+    expected = {"mean": pixels.mean(1), "std": pixels.std(1), "min": pixels.min(1), "max": pixels.max(1)}
+    expected |= {f"q{q:02d}": np.quantile(pixels, q / 100, axis=1, method="lower") for q in (1, 10, 50, 90, 99)}
+    for name, value in expected.items():
+        np.testing.assert_allclose(stats[name], value.reshape(3, 1, 1), rtol=1e-6, err_msg=name)
+    assert stats["count"] == [4]
+    assert stats.keys() == {*expected, "count"}
+
+
+def test_statistics_keep_their_precision_far_from_zero():
+    values = (np.arange(1000, dtype=np.float32) % 2 + 4_000_000)[:, None]
+    np.testing.assert_allclose(statistics(values)["std"], [0.5])
+    assert all(row.dtype == np.float32 for name, row in statistics(values).items() if name != "count")
+
+
+def test_statistics_of_no_frame_are_refused():
+    with pytest.raises(InputError, match="0 frames, expected at least 1"):
+        statistics(np.empty((0, 3), np.float32))
+
+
+def with_value(array, index, value):
+    array[index] = value
+    return array
+
+
+WRONG_EPISODES = {
+    "empty instruction": ({"instruction": "  "}, ["instruction is '  '"]),
+    "a camera too few": ({"images": {"table": None}}, ["['table']", "['gripper', 'table']"]),
+    "float images": (
+        {"images": dict.fromkeys(CAMERAS, np.zeros((5, 3, 6, 8), np.float32))},
+        ["observation.images.table is float32 (5, 3, 6, 8)", "expected uint8 (5, 3, 6, 8)"],
+    ),
+    "channels last": (
+        {"images": dict.fromkeys(CAMERAS, np.zeros((5, 6, 8, 3), np.uint8))},
+        ["uint8 (5, 6, 8, 3)", "expected uint8 (5, 3, 6, 8)"],
+    ),
+    "an action too few": ({"actions": np.zeros((4, 2), np.float32)}, ["action is float32 (4, 2)", "float32 (5, 2)"]),
+    "a state of other size": ({"state": np.zeros((5, 4), np.float32)}, ["observation.state", "(5, 4)", "(5, 3)"]),
+    "double precision": ({"state": np.zeros((5, 3))}, ["float64 (5, 3)", "expected float32"]),
+    "no frame": ({"state": np.zeros((0, 3), np.float32)}, ["(0, 3)", "expected float32 (1, 3)"]),
+    "NaN": (
+        {"state": with_value(np.zeros((5, 3), np.float32), (3, 1), np.nan)},
+        ["frame 3", "y of observation.state is nan", "expected a finite number"],
+    ),
+    "Inf": (
+        {"actions": with_value(np.zeros((5, 2), np.float32), (4, 0), -np.inf)},
+        ["frame 4", "dx of action is -inf"],
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_EPISODES)
+def test_wrong_episode_is_refused_and_leaves_no_trace(tmp_path, wrong):
+    change, told = WRONG_EPISODES[wrong]
+    with writer(tmp_path / "set") as out:
+        out.add_episode(**episode(0))
+        with pytest.raises(InputError) as refusal:
+            out.add_episode(**episode(1) | change)
+        out.add_episode(**episode(2))
+    for text in ["episode 1", *told]:
+        assert text in str(refusal.value)
+    np.testing.assert_array_equal(LeRobotDataset(tmp_path / "set").state[5:], episode(2)["state"])
+
+
+def test_root_that_holds_something_is_refused(tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="set exists, expected no such folder or an empty one: delete it or choose"):
+        writer(tmp_path / "set")
+    with pytest.raises(InputError, match="exists"):
+        writer(tmp_path / "set/notes.txt")
+    (tmp_path / "empty").mkdir()
+    write(tmp_path / "empty", [episode(0)])
+    assert LeRobotDataset(tmp_path / "empty").num_episodes == 1
+
+
+def test_exception_leaves_finished_episodes_readable_beside_the_root(tmp_path):
+    def failing_collection():
+        with writer(tmp_path / "set", data_files_size_in_mb=0.008) as out:
+            for seed in range(4):
+                out.add_episode(**episode(seed))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        failing_collection()
+    assert not (tmp_path / "set").exists()
+    partial = LeRobotDataset(tmp_path / ".set.partial")
+    assert partial.num_episodes == 4
+    np.testing.assert_array_equal(partial.state[15:], episode(3)["state"])
+
+    write(tmp_path / "set", [episode(7)])
+    assert not (tmp_path / ".set.partial").exists()
+    assert LeRobotDataset(tmp_path / "set").num_episodes == 1
+
+
+def test_data_set_without_an_episode_is_refused(tmp_path):
+    with pytest.raises(InputError, match="no episode was added"):
+        write(tmp_path / "set", [])
+    assert not (tmp_path / "set").exists()
+
+
+def test_statistics_are_right_when_the_caller_reuses_its_buffers(tmp_path):
+    buffers = episode(0)
+    with writer(tmp_path / "set") as out:
+        out.add_episode(**buffers)
+        buffers["state"][:] = 100
+        out.add_episode(**buffers)
+    stats = json.loads((tmp_path / "set/meta/stats.json").read_text())["observation.state"]
+    assert max(stats["min"]) < 100
+    np.testing.assert_allclose(stats["mean"], (episode(0)["state"].mean(0) + 100) / 2, rtol=1e-5)

@@ -1,0 +1,370 @@
+"""Everything that a training run can be told, as typed dataclasses: each field is a flag, the comment above it is
+its help.
+
+Nothing here imports torch, so that `--help` and a wrong flag answer at once.
+"""
+
+import dataclasses
+import json
+import typing
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from vla import InputError
+
+MODULES = ("vision_encoder", "language_model", "action_head")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    # Folder of a LeRobot v3.0 data set.
+    path: str = ""
+    # Cameras to look through, in this order; all of the data set's if none is named.
+    cameras: tuple[str, ...] = ()
+    # Folder for the decoded images, if not the data set's own.
+    image_cache: str = ""
+    # Share of whole episodes held out for validation.
+    val_fraction: float = 0.05
+    # Loader processes for each training process.
+    workers: int = 2
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights of the terms of the loss; a term counts where the head has it."""
+
+    # Regression head: absolute error.
+    l1: float = 1.0
+    # Regression head: squared error.
+    mse: float = 0.0
+    # Regression head: binary cross-entropy of the gripper dimensions.
+    bce: float = 1.0
+    # Flow head: squared error of the velocity.
+    flow: float = 1.0
+    # Token head: cross-entropy of the binned actions.
+    ce: float = 1.0
+    # Any head: cross-entropy of the instruction's next byte, given the images.
+    lm: float = 0.0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    # How actions are predicted: flow matching, direct regression, or classification into bins.
+    head: Literal["flow", "regression", "token"] = "flow"
+    # Actions predicted at once (H).
+    chunk_size: int = 16
+    # Actions of a chunk that are executed before the policy looks again.
+    n_action_steps: int = 8
+    # Width of the tokens (D).
+    width: int = 256
+    # Residual convolution blocks at each scale of the image encoder.
+    vision_blocks: int = 1
+    # Pixels per image token and direction: a power of two.
+    vision_stride: int = 16
+    # Transformer layers over image and instruction tokens.
+    language_layers: int = 4
+    # Transformer layers of the action head.
+    head_layers: int = 4
+    # Attention heads in every transformer layer.
+    attention_heads: int = 8
+    # Width of the hidden layer of every transformer layer, in multiples of the width.
+    mlp_ratio: int = 4
+    # Bytes of the longest instruction and a beginning mark; longer ones are refused. A multiple of 4.
+    max_tokens: int = 64
+    # Scale of states and actions.
+    normalization: Literal["mean_std", "min_max", "quantile"] = "quantile"
+    # Action dimensions with two values, such as a gripper: learned by classification (regression head).
+    gripper_dims: tuple[int, ...] = ()
+    # Euler steps from noise to actions (flow head).
+    flow_steps: int = 10
+    # Bins for each action dimension (token head).
+    bins: int = 256
+    # Share of probability spread over all bins (token head).
+    label_smoothing: float = 0.0
+    # Parts that are not trained: vision_encoder, language_model, action_head.
+    freeze: tuple[str, ...] = ()
+    loss: LossConfig = field(default_factory=LossConfig)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    # Peak learning rate.
+    lr: float = 3e-4
+    # Learning rates of single modules, as name and rate: vision_encoder 1e-4 action_head 5e-4.
+    module_lrs: dict[str, float] = field(default_factory=dict)
+    # Shape of the learning rate over the run, after the warm-up.
+    schedule: Literal["constant", "linear", "cosine", "step", "wsd"] = "cosine"
+    # Steps over which the rate rises from 0.
+    warmup_steps: int = 500
+    # What is left of the rate at the end (linear, cosine, wsd).
+    final_ratio: float = 0.02
+    # Shares of the run after which the rate falls to a tenth (step).
+    milestones: tuple[float, ...] = (0.6, 0.85)
+    # Share of the run, at its end, over which the rate falls (wsd: warm-up, stable, decay).
+    decay_share: float = 0.2
+    # Weight decay, on weights of linear maps and convolutions only.
+    weight_decay: float = 0.01
+    # AdamW's decay rates of the two moments.
+    betas: tuple[float, float] = (0.9, 0.95)
+    # Largest gradient norm (0: no clipping; the norm is logged all the same).
+    clip: float = 1.0
+    # Decay of the moving average of the weights, which is then evaluated and exported (0: off).
+    ema: float = 0.999
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    # Steps between evaluations (0: only at the end).
+    every: int = 1000
+    # At most this many held-out frames, evenly spaced.
+    samples: int = 2048
+    # What the best checkpoint is chosen by, and early stopping.
+    metric: Literal["loss", "action_error", "success"] = "loss"
+    # Evaluations without improvement until the run stops (0: never).
+    patience: int = 0
+    # What counts as an improvement.
+    min_delta: float = 0.0
+    # Environment to act in at every evaluation, such as tabletop (none if empty).
+    env: str = ""
+    # Episodes to act, shared out over the processes.
+    episodes: int = 20
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    # Steps between checkpoints.
+    every: int = 1000
+    # Newest checkpoints to keep; the best is kept beside them.
+    keep: int = 2
+    # Also keep every checkpoint whose step is a multiple of this (0: none).
+    keep_every: int = 0
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    # Steps between log lines.
+    every: int = 50
+    # Where metrics go beside metrics.jsonl, by accelerate's names: tensorboard, wandb, …
+    trackers: tuple[str, ...] = ("tensorboard",)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a vision-language-action policy."""
+
+    # Folder of the run: configuration, checkpoints, logs, export.
+    run_dir: str = ""
+    # Go on from a run folder (its newest good checkpoint), RUN/best, or one checkpoint; `auto`: from --run_dir if it
+    # has any.
+    resume_from: str = ""
+    # Start from these weights alone: an export, a safetensors file, or a state_dict (.pt).
+    init_from: str = ""
+    # Seed of everything random.
+    seed: int = 0
+    # Use deterministic algorithms only.
+    deterministic: bool = False
+    # Compile the policy with torch.compile.
+    compile: bool = False
+    # Optimizer steps in all; or give epochs.
+    steps: int = 0
+    # Passes over the training frames, in place of steps.
+    epochs: float = 0.0
+    # Samples of one optimizer step, over all processes.
+    global_batch_size: int = 64
+    # Samples that one process takes at once (0: global batch / processes).
+    micro_batch_size: int = 0
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+# What may change when a run goes on. The rest makes the training what it is.
+MAY_CHANGE = (
+    "resume_from",
+    "deterministic",
+    "compile",
+    "steps",
+    "epochs",
+    "micro_batch_size",
+    "data.workers",
+    "eval.",
+    "checkpoint.",
+    "log.",
+)
+
+
+def parse(arguments: list[str]) -> TrainConfig:
+    """The validated configuration of a new run, or of the run that --resume_from names with what may change taken
+    from the flags.
+
+    Raises InputError for a wrong value, and for a flag that disagrees with the run it resumes.
+    """
+    import tyro
+
+    read = partial(tyro.cli, TrainConfig, args=arguments, prog="train.py")
+    config = read()
+    run_dir = resume_folder(config)
+    if run_dir is not None:
+        saved = load(run_dir / "config.json")
+        config = read(default=saved)
+        if config.steps != saved.steps:  # whichever of the two is given now replaces the other
+            config = dataclasses.replace(config, epochs=0.0)
+        elif config.epochs != saved.epochs:
+            config = dataclasses.replace(config, steps=0)
+        before, after = flatten(saved), flatten(config)
+        changed = [name for name in after if after[name] != before[name] and not name.startswith(MAY_CHANGE)]
+        if "run_dir" in changed and Path(config.run_dir).resolve() == run_dir.resolve():
+            changed.remove("run_dir")
+        if changed:
+            raise InputError(
+                f"--resume_from {config.resume_from} goes on with the run's own settings; these flags disagree: "
+                + "; ".join(f"--{name} {after[name]} (the run has {before[name]})" for name in changed)
+                + ". Leave them out, or start a new run with --init_from"
+            )
+        config = dataclasses.replace(config, run_dir=str(run_dir))
+    validate(config)
+    return config
+
+
+def from_dict(cls, data: dict, where: str):
+    """The dataclass `cls` from what JSON made of it. Raises InputError for a key that it does not have."""
+    kinds = typing.get_type_hints(cls)
+    if unknown := sorted(set(data) - set(kinds)):
+        raise InputError(
+            f"{where} has unknown entries {', '.join(unknown)}; it was written by another version of this project"
+        )
+    values = {}
+    for name, value in data.items():
+        if dataclasses.is_dataclass(kinds[name]):
+            value = from_dict(kinds[name], value, where)
+        elif isinstance(value, list):
+            value = tuple(value)
+        values[name] = value
+    return cls(**values)
+
+
+def flatten(config, prefix: str = "") -> dict[str, object]:
+    """Every field by its flag's name, such as {"data.path": …}."""
+    flat: dict[str, object] = {}
+    for name in (f.name for f in dataclasses.fields(config)):
+        value = getattr(config, name)
+        flat.update(flatten(value, f"{prefix}{name}.") if dataclasses.is_dataclass(value) else {prefix + name: value})
+    return flat
+
+
+def load(path: Path) -> TrainConfig:
+    """The TrainConfig that `save` wrote. Raises InputError where there is none or it is not of this version."""
+    if not path.is_file():
+        raise InputError(f"{path} is missing, so {path.parent} is no run folder; expected one that train.py made")
+    return from_dict(TrainConfig, json.loads(path.read_text()), str(path))
+
+
+def save(config: TrainConfig, path: Path) -> None:
+    """Write the configuration as JSON. What belongs to one start only (resume_from) is left out."""
+    content = dataclasses.asdict(dataclasses.replace(config, resume_from=""))
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def resume_folder(config: TrainConfig) -> Path | None:
+    """The run folder that --resume_from means; None for a new run."""
+    if not config.resume_from:
+        return None
+    if config.resume_from == "auto":
+        if not config.run_dir:
+            raise InputError("--resume_from auto needs --run_dir, the run to go on with or to begin")
+        started = any(Path(config.run_dir, "checkpoints").glob("step_*"))
+        return Path(config.run_dir) if started else None
+    return run_folder(Path(config.resume_from))
+
+
+def run_folder(path: Path) -> Path:
+    """The run to which a path belongs: itself, RUN/best, RUN/checkpoints or one checkpoint of it."""
+    if path.name == "best" or path.name.startswith("step_"):
+        path = path.parent
+    return path.parent if path.name == "checkpoints" else path
+
+
+def accumulation(config: TrainConfig, world_size: int) -> tuple[int, int]:
+    """Micro-batch size and micro-batches per step of each process.
+
+    Raises InputError, with sizes that fit, where global_batch_size is not micro_batch_size × processes × a whole
+    number.
+    """
+    total, micro = config.global_batch_size, config.micro_batch_size
+    if total % world_size:
+        fitting = max(total // world_size, 1) * world_size
+        raise InputError(
+            f"--global_batch_size {total} cannot be split over {world_size} processes; "
+            f"{fitting} or {fitting + world_size} can"
+        )
+    share = total // world_size
+    if micro and share % micro:
+        fitting = [size for size in range(1, share + 1) if share % size == 0]
+        raise InputError(
+            f"--micro_batch_size {micro} does not divide {share}, each of {world_size} processes' share of "
+            f"--global_batch_size {total}; one of {', '.join(map(str, fitting))} does"
+        )
+    return micro or share, share // (micro or share)
+
+
+def validate(config: TrainConfig) -> None:
+    """Raises InputError for the first value that cannot work, naming flag and cure."""
+    model, optim = config.model, config.optim
+    for name, path in (("run_dir", config.run_dir), ("data.path", config.data.path)):
+        if not path:
+            raise InputError(f"--{name} is missing; give a folder")
+    if bool(config.steps) == bool(config.epochs):
+        raise InputError(
+            f"found --steps {config.steps} and --epochs {config.epochs}; give exactly one of them, above 0"
+        )
+    for flag, names in (("model.freeze", model.freeze), ("optim.module_lrs", optim.module_lrs)):
+        if unknown := sorted(set(names) - set(MODULES)):
+            raise InputError(f"--{flag} names {', '.join(unknown)}; the modules are {', '.join(MODULES)}")
+    if set(model.freeze) == set(MODULES):
+        raise InputError("--model.freeze names every module, so there is nothing to train; leave one out")
+    if frozen := sorted(set(optim.module_lrs) & set(model.freeze)):
+        raise InputError(
+            f"--optim.module_lrs gives a rate to {', '.join(frozen)}, which --model.freeze freezes; drop one"
+        )
+    bounds = {
+        "global_batch_size": (1, None),
+        "micro_batch_size": (0, None),
+        "steps": (0, None),
+        "epochs": (0, None),
+        "data.workers": (0, None),
+        "data.val_fraction": (0, 0.9),
+        "optim.lr": (0, None),
+        "optim.warmup_steps": (0, None),
+        "optim.decay_share": (0, 1),
+        "optim.final_ratio": (0, 1),
+        "optim.weight_decay": (0, None),
+        "optim.clip": (0, None),
+        "optim.ema": (0, 0.999999),
+        "eval.every": (0, None),
+        "eval.samples": (1, None),
+        "eval.patience": (0, None),
+        "eval.episodes": (1, None),
+        "checkpoint.every": (1, None),
+        "checkpoint.keep": (1, None),
+        "checkpoint.keep_every": (0, None),
+        "log.every": (1, None),
+    }
+    values = flatten(config)
+    for name, (low, high) in bounds.items():
+        if values[name] < low or (high is not None and values[name] > high):
+            limit = f"at least {low}" + (f" and at most {high}" if high is not None else "")
+            raise InputError(f"--{name} is {values[name]}; expected {limit}")
+    if config.eval.metric == "success" and not config.eval.env:
+        raise InputError("--eval.metric success needs an environment to act in; give --eval.env, such as tabletop")
+    if config.data.val_fraction == 0 and config.eval.metric != "success":
+        raise InputError(
+            f"--data.val_fraction 0 leaves no episodes for --eval.metric {config.eval.metric}; "
+            "give a fraction, or --eval.env and --eval.metric success"
+        )

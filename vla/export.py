@@ -1,0 +1,152 @@
+"""Weights on their way in and out: load them alone, and make the one folder that drives a robot.
+
+python -m vla.export runs/demo                          the best checkpoint again to runs/demo/export
+python -m vla.export runs/demo/checkpoints/step_00001000 --out somewhere
+"""
+
+import json
+import re
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from vla import InputError, checkpoint
+from vla.config import run_folder
+from vla.model.policy import VLAPolicy
+
+# What wrappers put before the names of weights: DDP, torch.compile, and trainers that keep the policy as an
+# attribute.
+WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.|model\.|policy\.)+")
+
+
+def export(source: Path, out: Path, summary: str) -> None:
+    """Write config.json, model.safetensors (the averaged weights, if the checkpoint has any) and a model card to
+    `out`.
+
+    source: a verified checkpoint. summary: a sentence for the card. The folder is replaced whole.
+    """
+    policy = VLAPolicy.from_pretrained(source)
+    if (source / "ema.safetensors").exists():
+        policy.load_state_dict(load_file(source / "ema.safetensors"), strict=False)
+    temporary = out.with_name(f".exporting_{out.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    policy.save_pretrained(temporary)
+    (temporary / "README.md").write_text(_card(policy, summary))
+    for path in temporary.iterdir():
+        path.chmod(0o644)  # safetensors leaves 0600
+    shutil.rmtree(out, ignore_errors=True)
+    temporary.rename(out)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """A state_dict from a folder with model.safetensors, a .safetensors file, or a .pt file (weights_only, so
+    nothing runs).
+
+    Prefixes of wrappers are removed. Raises InputError for anything else.
+    """
+    file = path / "model.safetensors" if path.is_dir() else path
+    if not file.is_file():
+        raise InputError(f"--init_from {path} is neither an export folder nor a file of weights")
+    try:
+        if file.suffix == ".safetensors":
+            weights = load_file(file)
+        else:
+            weights = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as failure:  # both libraries raise many kinds; all mean the same to who gave the file
+        reason = str(failure).splitlines()[0]
+        raise InputError(f"--init_from {file} cannot be read as weights alone: {reason}") from None
+    if isinstance(weights, dict) and isinstance(weights.get("state_dict"), dict):
+        weights = weights["state_dict"]
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise InputError(f"--init_from {file} holds no state_dict (a mapping of names to tensors)")
+    return {WRAPPERS.sub("", name): value for name, value in weights.items()}
+
+
+def init_from(policy: VLAPolicy, path: Path) -> str:
+    """Load what fits by name and shape; normalization statistics stay the new data's. Returns what matched, was
+    missing, was left over.
+
+    Raises InputError if nothing fits.
+    """
+    own, weights = policy.state_dict(), read_weights(path)
+    statistics = {name for name in own if name.startswith(("state_norm.", "action_norm."))}
+    wanted, given = own.keys() - statistics, weights.keys() - statistics
+    matched = {name for name in wanted & given if own[name].shape == weights[name].shape}
+    if not matched:
+        raise InputError(
+            f"--init_from {path}: none of its {len(given)} tensors fits the policy by name and shape "
+            f"(it has {', '.join(sorted(given)[:3])} …; expected {', '.join(sorted(wanted)[:3])} …): check --model"
+        )
+    policy.load_state_dict({name: weights[name] for name in matched}, strict=False)
+    parts = [f"{len(matched)} tensors matched"]
+    for title, names in (("missing", wanted - matched), ("left over", given - matched)):
+        parts.append(
+            f"{len(names)} {title}"
+            + (f" ({', '.join(sorted(names)[:5])}{' …' if len(names) > 5 else ''})" if names else "")
+        )
+    return f"--init_from {path}: " + ", ".join(parts)
+
+
+def _card(policy: VLAPolicy, summary: str) -> str:
+    config = policy.config
+    count = sum(p.numel() for p in policy.parameters())
+    return f"""---
+library_name: vla
+pipeline_tag: robotics
+tags: [vision-language-action, robotics]
+---
+# A vision-language-action policy
+
+{summary}
+
+| | |
+| --- | --- |
+| parameters | {count:,} |
+| cameras | {", ".join(config.cameras)} at {config.image_size[0]}x{config.image_size[1]} |
+| state | {", ".join(config.state_names)} |
+| actions | {", ".join(config.action_names)} at {config.fps} Hz, chunks of {config.model.chunk_size},
+{config.model.n_action_steps} executed |
+| action head | {config.model.head} |
+
+```python
+from vla.model import VLAPolicy
+
+policy = VLAPolicy.from_pretrained("this folder")
+policy.reset()
+action = policy.select_action({{"images": images, "state": state, "instruction": "..."}})  # uint8 [N, 3, h, w],
+float32 [P] ```
+"""
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Make the folder that drives a robot from a run or a checkpoint."""
+
+    # A run folder (its best checkpoint), RUN/best, or one checkpoint.
+    source: str
+    # Where to (default: RUN/export).
+    out: str = ""
+
+
+def main(config: ExportConfig) -> None:
+    path = Path(config.source)
+    run_dir = run_folder(path)
+    source = checkpoint.find(config.source if path != run_dir else str(path / "best"), run_dir / "checkpoints")
+    out = Path(config.out or run_dir / "export")
+    step = json.loads((source / "trainer_state.json").read_text())["step"]
+    export(source, out, f"Trained for {step} steps.")
+    print(f"{source} exported to {out}")
+
+
+if __name__ == "__main__":
+    import tyro
+
+    try:
+        main(tyro.cli(ExportConfig, prog="python -m vla.export", config=(tyro.conf.PositionalRequiredArgs,)))
+    except InputError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,193 @@
+"""Where numbers and pictures of a run go: metrics.jsonl, the trackers, the progress bar, result.json."""
+
+import io
+import json
+import os
+import platform
+import resource
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import accelerate
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import TensorBoardTracker, get_available_trackers
+from PIL import Image
+from tqdm import tqdm
+
+from vla import InputError
+from vla.config import TrainConfig, flatten
+
+
+def tracker(name: str, run_dir: Path, first_step: int):
+    """What accelerate's `log_with` takes: its name, or for TensorBoard a tracker that drops what an earlier start
+    logged later.
+
+    Raises InputError for a tracker that is unknown or not installed.
+    """
+    available = [str(available) for available in get_available_trackers()]
+    if name not in available:
+        raise InputError(f"--log.trackers {name} is unknown or not installed; here are {', '.join(available)}")
+    if name == "tensorboard":
+        return TensorBoardTracker("tensorboard", run_dir, purge_step=first_step + 1)
+    return name
+
+
+class RunLog:
+    """Writes on the main process, does nothing on the others. A resumed run continues the files at its step."""
+
+    def __init__(self, accelerator: Accelerator, config: TrainConfig, first_step: int, steps: int):
+        self.accelerator, self.run_dir, self.batch = accelerator, Path(config.run_dir), config.global_batch_size
+        self.config, self.steps = config, steps
+        self.last: dict[str, float] = {}
+        self.since, self.waited, self.steps_since = time.perf_counter(), 0.0, 0
+        accelerator.log_with = [tracker(name, self.run_dir, first_step) for name in config.log.trackers]
+        accelerator.init_trackers("vla")
+        if not accelerator.is_main_process:
+            return
+        if first_step == 0:
+            for open_tracker in accelerator.trackers:
+                if open_tracker.name == "tensorboard":
+                    open_tracker.log({"config": _markdown(config)}, step=0)
+        path = self.run_dir / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first_step]
+        self.file = path.open("w")
+        self.file.writelines(kept)
+        terminal = sys.stderr.isatty()
+        self.bar = tqdm(
+            total=steps, initial=first_step, unit="step", dynamic_ncols=True, mininterval=0.5 if terminal else 10
+        )
+
+    @contextmanager
+    def waiting_for_data(self):
+        """Around the call that may wait for the loader."""
+        asked = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - asked
+
+    def step(self) -> None:
+        """One optimizer step was made."""
+        self.steps_since += 1
+        if self.accelerator.is_main_process:
+            self.bar.update()
+
+    def performance(self, step: int) -> dict[str, float]:
+        """Speed since the last call (evaluations and saves between count as time), data wait, memory."""
+        now = time.perf_counter()
+        elapsed, self.since = now - self.since, now
+        speed = self.steps_since / elapsed
+        values = {
+            "perf/samples_per_second": speed * self.batch,
+            "perf/data_wait_share": self.waited / elapsed,
+            "perf/eta_seconds": (self.steps - step) / speed,
+        }
+        if torch.cuda.is_available() and self.accelerator.device.type == "cuda":
+            values |= {
+                "memory/allocated_gb": torch.cuda.memory_allocated() / 1e9,
+                "memory/reserved_gb": torch.cuda.memory_reserved() / 1e9,
+                "memory/peak_gb": torch.cuda.max_memory_allocated() / 1e9,
+            }
+        self.waited, self.steps_since = 0.0, 0
+        return values
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        """Numbers of this step, for every tracker, metrics.jsonl and the bar."""
+        if not self.accelerator.is_main_process:
+            return
+        self.last.update(values)
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.file.flush()
+        self.accelerator.log(values, step=step)
+        names = {
+            "train/loss": "loss",
+            "eval/loss": "eval",
+            "eval/success": "success",
+            "perf/samples_per_second": "samples/s",
+        }
+        self.bar.set_postfix({short: f"{self.last[name]:.4g}" for name, short in names.items() if name in self.last})
+
+    def say(self, text: str) -> None:
+        """A line for people, above the bar."""
+        if self.accelerator.is_main_process:
+            tqdm.write(text, file=sys.stderr)
+
+    def images(self, step: int, name: str, images: np.ndarray) -> None:
+        """A row of pictures for TensorBoard. images: uint8 [B, N, 3, h, w]; the cameras of a sample stand side by
+        side.
+        """
+        if writer := self._tensorboard():
+            rows = np.concatenate(list(images.swapaxes(0, 1)), axis=-1)  # [B, 3, h, N · w]
+            writer.add_images(name, rows, step)
+            writer.flush()
+
+    def video(self, step: int, name: str, frames: np.ndarray, fps: int) -> None:
+        """A moving picture for TensorBoard. frames: uint8 [L, h, w, 3]."""
+        if writer := self._tensorboard():
+            from tensorboard.compat.proto.summary_pb2 import Summary
+
+            # SummaryWriter.add_video wants moviepy to make a GIF; a GIF is all that TensorBoard needs.
+            image = Summary.Image(
+                height=frames.shape[1], width=frames.shape[2], colorspace=3, encoded_image_string=gif(frames, fps)
+            )
+            writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
+            writer.flush()
+
+    def close(self, state: dict) -> None:
+        """Write result.json and close what is open. state: the trainer's counters at the end."""
+        if not self.accelerator.is_main_process:
+            return
+        self.bar.close()
+        self.file.close()
+        cuda = self.accelerator.device.type == "cuda"
+        result = {
+            **state,
+            "samples": state["step"] * self.batch,
+            "last": self.last,
+            "peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9
+            if cuda
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+            "processes": self.accelerator.num_processes,
+            "precision": self.accelerator.mixed_precision,
+            "versions": versions(),
+            "config": asdict(self.config),
+        }
+        (self.run_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+
+    def _tensorboard(self):
+        if self.accelerator.is_main_process:
+            for open_tracker in self.accelerator.trackers:
+                if open_tracker.name == "tensorboard":
+                    return open_tracker.writer
+        return None
+
+
+def gif(frames: np.ndarray, fps: int) -> bytes:
+    """An endless GIF. frames: uint8 [L, h, w, 3]."""
+    pictures = [Image.fromarray(frame) for frame in frames]
+    buffer = io.BytesIO()
+    pictures[0].save(buffer, "GIF", save_all=True, append_images=pictures[1:], duration=round(1000 / fps), loop=0)
+    return buffer.getvalue()
+
+
+def versions() -> dict[str, str]:
+    """What a run's numbers depend on beside its configuration."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "accelerate": accelerate.__version__,
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else platform.processor() or platform.machine(),
+        "cpus": str(os.cpu_count()),
+    }
+
+
+def _markdown(config: TrainConfig) -> str:
+    return "| flag | value |\n| --- | --- |\n" + "\n".join(
+        f"| {name} | {value} |" for name, value in flatten(config).items()
+    )

@@ -1,0 +1,198 @@
+"""The built-in backbone, small enough to train from scratch on a CPU: an image encoder and a prefix language model
+on bytes.
+
+Dimension key: B batch, N cameras, S prefix tokens, I image tokens, T text tokens, D width, h and w pixels.
+"""
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vla import InputError
+from vla.config import ModelConfig
+
+BYTES = 258  # 256 bytes, padding, beginning of sequence
+PAD, BOS = 256, 257
+PATCH, REACH = 4, 6  # bytes of one text token; bytes that its convolution looks back over
+
+
+def tokenize(instructions: list[str], length: int) -> tuple[Tensor, Tensor]:
+    """UTF-8 bytes after a beginning mark. Returns tokens int64 [B, length] and mask bool [B, length], true where
+    there is text.
+
+    Raises InputError for an instruction that does not fit.
+    """
+    tokens = torch.full((len(instructions), length), PAD)
+    for row, text in zip(tokens, instructions, strict=True):
+        ids = [BOS, *text.encode()]
+        if len(ids) > length:
+            raise InputError(
+                f"the instruction '{text}' has {len(ids) - 1} bytes; --model.max_tokens {length} holds {length - 1}: "
+                f"raise it to {len(ids)} or more"
+            )
+        row[: len(ids)] = torch.tensor(ids)
+    return tokens, tokens != PAD
+
+
+class Attention(nn.Module):
+    """Multi-head attention of queries over a context, with the query and key normalized (Henry et al., 2020)."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.query, self.key_value = nn.Linear(width, width, bias=False), nn.Linear(width, 2 * width, bias=False)
+        self.query_norm, self.key_norm = nn.LayerNorm(width // heads), nn.LayerNorm(width // heads)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+        """x: [B, Q, D], context: [B, S, D], mask: bool, broadcast to [B, heads, Q, S], true where attention may
+        go.
+        """
+        q = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, heads, Q, D / heads]
+        k, v = (
+            self.key_value(context).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        )  # [B, heads, S, D / heads]
+        attended = F.scaled_dot_product_attention(self.query_norm(q), self.key_norm(k), v, attn_mask=mask)
+        return self.out(attended.transpose(1, 2).flatten(2))  # [B, Q, D]
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block; with `cross` it first attends to a context of its own."""
+
+    def __init__(self, config: ModelConfig, cross: bool = False):
+        super().__init__()
+        width, heads, wide = config.width, config.attention_heads, config.mlp_ratio * config.width
+        self.norm, self.attention = nn.LayerNorm(width), Attention(width, heads)
+        if cross:
+            self.cross_norm, self.cross_attention = nn.LayerNorm(width), Attention(width, heads)
+        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, wide), nn.GELU(), nn.Linear(wide, width))
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None, context: Tensor | None = None, context_mask: Tensor | None = None
+    ) -> Tensor:
+        if context is not None:
+            x = x + self.cross_attention(self.cross_norm(x), context, context_mask)
+        h = self.norm(x)
+        x = x + self.attention(h, h, mask)
+        return x + self.mlp(x)
+
+
+class Residual(nn.Module):
+    """Two convolutions around a skip connection."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.GroupNorm(8, channels),
+            nn.GELU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.GroupNorm(8, channels),
+            nn.GELU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x)
+
+
+def fourier_grid(rows: int, columns: int, octaves: int = 4) -> Tensor:
+    """Coordinates in [-1, 1] of a grid's cells, with their sines and cosines. -> float [rows · columns, 2 + 4 ·
+    octaves].
+    """
+    y, x = torch.meshgrid(torch.linspace(-1, 1, rows), torch.linspace(-1, 1, columns), indexing="ij")
+    place = torch.stack([x.flatten(), y.flatten()], dim=-1)
+    angles = (place[:, :, None] * torch.pi / 2 * 2 ** torch.arange(octaves)).flatten(1)
+    return torch.cat([place, angles.sin(), angles.cos()], dim=-1)
+
+
+class VisionEncoder(nn.Module):
+    """Strided convolutions, which learn faster from few images than a linear patch embedding (Xiao et al., 2021).
+
+    Each token carries an embedding of its place and of its camera.
+    """
+
+    def __init__(self, config: ModelConfig, cameras: int, image_size: tuple[int, int]):
+        super().__init__()
+        width, stride = config.width, config.vision_stride
+        rows, columns = image_size[0] // stride, image_size[1] // stride
+        scales = stride.bit_length() - 1
+        channels = [3] + [max(16, width >> (scales - i)) for i in range(1, scales + 1)]
+        layers: list[nn.Module] = []
+        for before, after in itertools.pairwise(channels):
+            layers += [
+                nn.Conv2d(before, after, 3, stride=2, padding=1),
+                *(Residual(after) for _ in range(config.vision_blocks)),
+            ]
+            layers += [nn.GroupNorm(8, after), nn.GELU()]
+        self.convolutions = nn.Sequential(*layers, nn.Conv2d(width, width, 1))
+        self.register_buffer("places", fourier_grid(rows, columns), persistent=False)
+        self.place = nn.Linear(self.places.shape[-1], width)
+        self.camera = nn.Parameter(torch.randn(cameras, 1, width) * 0.5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images: float [B, N, 3, h, w] in [-1, 1] -> [B, I, D] with I = N · (h / stride) · (w / stride)."""
+        features = self.convolutions(images.flatten(0, 1)).flatten(2).transpose(1, 2)  # [B·N, I / N, D]
+        features = features.unflatten(0, images.shape[:2]) + self.place(self.places) + self.camera  # [B, N, I / N, D]
+        return features.flatten(1, 2)
+
+
+class LanguageModel(nn.Module):
+    """A transformer over [image tokens | instruction tokens], all of which see each other: where to look depends on
+    what was said.
+
+    One text token stands for PATCH bytes: a causal convolution finds letter groups wherever a word begins, and a
+    maximum over each patch keeps what it found (Kim et al., 2016: character-aware language models; Yu et al., 2023:
+    byte patches).
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        width = config.width
+        self.embedding = nn.Embedding(BYTES, 32)
+        self.letters = nn.Conv1d(32, width, kernel_size=REACH)
+        self.position = nn.Parameter(torch.randn(config.max_tokens // PATCH, width) * 0.5)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.language_layers))
+        self.norm = nn.LayerNorm(width)
+        self.next_bytes = (
+            nn.Linear(width, PATCH * BYTES) if config.loss.lm else None
+        )  # exists only if the loss asks for it
+
+    def forward(
+        self, image_tokens: Tensor, tokens: Tensor, token_mask: Tensor, causal: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """[B, I, D], int64 [B, T], bool [B, T] -> hidden states [B, S, D] and their mask bool [B, S], S = I + T /
+        PATCH.
+
+        With `causal`, images see images, and text sees images and the text before it.
+        """
+        letters = self.letters(F.pad(self.embedding(tokens).transpose(1, 2), (REACH - 1, 0)))  # [B, D, T]
+        text = F.max_pool1d(F.gelu(letters), PATCH).transpose(1, 2) + self.position  # [B, T / PATCH, D]
+        x = torch.cat([image_tokens, text], dim=1)  # [B, S, D]
+        images, total = image_tokens.shape[1], x.shape[1]
+        text_mask = token_mask[:, ::PATCH]  # a patch counts if its first byte is text
+        mask = torch.cat([text_mask.new_ones(len(x), images), text_mask], dim=1)  # [B, S]
+        attend = mask[:, None, None, :]  # [B, 1, 1, S]
+        if causal:
+            visible = mask.new_ones(total, total).tril()
+            visible[:images, :images] = True
+            attend = attend & visible  # [B, 1, S, S]
+        for block in self.blocks:
+            x = block(x, attend)
+        return self.norm(x), mask
+
+    def loss(self, image_tokens: Tensor, tokens: Tensor, token_mask: Tensor) -> Tensor:
+        """Cross-entropy of the instruction given the images, byte by byte, meaned over each sample's own bytes. ->
+        [B].
+
+        It needs a pass of its own, in which no token sees what it predicts.
+        """
+        hidden, _ = self(image_tokens, tokens, token_mask, causal=True)
+        patches = tokens.shape[1] // PATCH
+        logits = (
+            self.next_bytes(hidden[:, -patches:-1]).unflatten(-1, (PATCH, BYTES)).flatten(1, 2)
+        )  # [B, T - PATCH, BYTES]
+        error = F.cross_entropy(logits.float().transpose(1, 2), tokens[:, PATCH:], reduction="none")  # [B, T - PATCH]
+        valid = token_mask[:, PATCH:].float()
+        return (error * valid).sum(1) / valid.sum(1).clamp(min=1)

@@ -1,0 +1,153 @@
+"""Three ways to predict a chunk of actions from the hidden states of a backbone; all share one decoder.
+
+Dimension key: B batch, S prefix tokens, H action horizon, A action dimension, P state dimension, K bins, D width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vla import keyed
+from vla.config import ModelConfig
+from vla.model.backbone import Block
+from vla.model.normalize import Normalizer
+
+
+def sample_mean(error: Tensor, valid: Tensor) -> Tensor:
+    """Mean of each sample's own valid entries. error: [B, H, A], valid: bool [B, H] -> [B]."""
+    weight = valid[:, :, None].expand_as(error).float()
+    return (error * weight).sum((1, 2)) / weight.sum((1, 2)).clamp(min=1)
+
+
+class Decoder(nn.Module):
+    """A transformer over [state | H action slots] whose every layer attends to the backbone's hidden states."""
+
+    def __init__(self, config: ModelConfig, state_dim: int, out_dim: int):
+        super().__init__()
+        width = config.width
+        self.state = nn.Linear(state_dim, width)
+        self.slot = nn.Parameter(torch.randn(config.chunk_size, width) * 0.5)
+        self.context_norm = nn.LayerNorm(width)
+        self.blocks = nn.ModuleList(Block(config, cross=True) for _ in range(config.head_layers))
+        self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, out_dim))
+        nn.init.zeros_(self.out[-1].weight)  # start from the mean action
+
+    def forward(self, hidden: Tensor, mask: Tensor, state: Tensor, slots: Tensor | None = None) -> Tensor:
+        """hidden: [B, S, D], mask: bool [B, S], state: [B, P], slots: what the action slots carry, [B, H, D] -> [B,
+        H, out].
+        """
+        x = self.slot.expand(len(state), -1, -1) if slots is None else self.slot + slots
+        x = torch.cat([self.state(state)[:, None], x], dim=1)  # [B, 1 + H, D]
+        context = self.context_norm(hidden)
+        for block in self.blocks:
+            x = block(x, None, context, mask[:, None, None, :])
+        return self.out(x[:, 1:]).float()
+
+
+class RegressionHead(nn.Module):
+    """Actions directly, by L1 or squared error; two-valued dimensions by binary cross-entropy."""
+
+    def __init__(self, config: ModelConfig, state_dim: int, action_dim: int):
+        super().__init__()
+        self.weights, self.gripper_dims = config.loss, list(config.gripper_dims)
+        self.smooth_dims = [d for d in range(action_dim) if d not in config.gripper_dims]
+        self.decoder = Decoder(config, state_dim, action_dim)
+
+    def loss(
+        self, hidden, mask, state, actions: Tensor, valid: Tensor, key: Tensor, scale: Normalizer
+    ) -> dict[str, Tensor]:
+        """actions: normalized [B, H, A], valid: bool [B, H] -> each term per sample [B]."""
+        out, terms = self.decoder(hidden, mask, state), {}
+        if self.smooth_dims:
+            error = out[..., self.smooth_dims] - actions[..., self.smooth_dims]
+            if self.weights.l1:
+                terms["l1"] = sample_mean(error.abs(), valid)
+            if self.weights.mse:
+                terms["mse"] = sample_mean(error.square(), valid)
+        if self.gripper_dims:
+            high = (scale.inverse(actions) > (scale.low + scale.high) / 2)[..., self.gripper_dims].float()
+            error = F.binary_cross_entropy_with_logits(out[..., self.gripper_dims], high, reduction="none")
+            terms["bce"] = sample_mean(error, valid)
+        return terms
+
+    def sample(self, hidden, mask, state, key: Tensor, scale: Normalizer) -> Tensor:
+        """-> actions in the robot's units [B, H, A]."""
+        out = self.decoder(hidden, mask, state)
+        actions = scale.inverse(out)
+        if self.gripper_dims:
+            binary = torch.where(out > 0, scale.high, scale.low)
+            actions[..., self.gripper_dims] = binary[..., self.gripper_dims]
+        return actions
+
+
+class FlowHead(nn.Module):
+    """Flow matching (Lipman et al., 2023) along straight paths from noise (t = 1) to actions (t = 0), as in π0
+    (Black et al., 2024).
+    """
+
+    def __init__(self, config: ModelConfig, state_dim: int, action_dim: int):
+        super().__init__()
+        self.steps, self.chunk = config.flow_steps, (config.chunk_size, action_dim)
+        self.action = nn.Linear(action_dim, config.width)
+        self.time = nn.Sequential(nn.Linear(64, config.width), nn.SiLU(), nn.Linear(config.width, config.width))
+        self.decoder = Decoder(config, state_dim, action_dim)
+        periods = 4e-3 * 1000 ** torch.linspace(0, 1, 32)  # of sines, from 0.004 to 4
+        self.register_buffer("frequencies", 2 * torch.pi / periods, persistent=False)
+
+    def velocity(self, hidden, mask, state, noisy: Tensor, t: Tensor) -> Tensor:
+        """noisy: [B, H, A], t: [B] in (0, 1] -> d noisy / dt, [B, H, A]."""
+        angle = t[:, None] * self.frequencies
+        time = self.time(torch.cat([angle.sin(), angle.cos()], dim=-1))  # [B, D]
+        return self.decoder(hidden, mask, state, self.action(noisy) + time[:, None])
+
+    def loss(
+        self, hidden, mask, state, actions: Tensor, valid: Tensor, key: Tensor, scale: Normalizer
+    ) -> dict[str, Tensor]:
+        """t ~ Beta(1.5, 1), drawn by its inverse distribution u^(1 / 1.5); noise and t come from the sample's key."""
+        t = 0.001 + 0.999 * keyed.uniform(key, keyed.FLOW_TIME) ** (1 / 1.5)  # [B]
+        noise = keyed.normal(key, keyed.FLOW_NOISE, self.chunk)
+        noisy = t[:, None, None] * noise + (1 - t[:, None, None]) * actions
+        error = self.velocity(hidden, mask, state, noisy, t) - (noise - actions)
+        return {"flow": sample_mean(error.square(), valid)}
+
+    def sample(self, hidden, mask, state, key: Tensor, scale: Normalizer) -> Tensor:
+        """Euler steps from the noise of each sample's key. -> actions in the robot's units [B, H, A]."""
+        actions = keyed.normal(key, keyed.FLOW_NOISE, self.chunk)
+        for step in range(self.steps):
+            t = torch.full((len(actions),), 1 - step / self.steps, device=actions.device)
+            actions = actions - self.velocity(hidden, mask, state, actions, t) / self.steps
+        return scale.inverse(actions)
+
+
+class TokenHead(nn.Module):
+    """Every dimension of every action classified into bins between its smallest and largest value, all in
+    parallel.
+    """
+
+    def __init__(self, config: ModelConfig, state_dim: int, action_dim: int):
+        super().__init__()
+        self.bins, self.smoothing, self.action_dim = config.bins, config.label_smoothing, action_dim
+        self.decoder = Decoder(config, state_dim, action_dim * config.bins)
+
+    def loss(
+        self, hidden, mask, state, actions: Tensor, valid: Tensor, key: Tensor, scale: Normalizer
+    ) -> dict[str, Tensor]:
+        logits = self.decoder(hidden, mask, state).unflatten(-1, (self.action_dim, self.bins))  # [B, H, A, K]
+        span = (scale.high - scale.low).clamp(min=1e-6)
+        share = (scale.inverse(actions) - scale.low) / span  # 0 … 1 over the range seen in the data
+        target = (share * self.bins).long().clamp(0, self.bins - 1)
+        error = F.cross_entropy(
+            logits.flatten(0, 2), target.flatten(), reduction="none", label_smoothing=self.smoothing
+        )
+        return {"ce": sample_mean(error.view_as(share), valid)}
+
+    def sample(self, hidden, mask, state, key: Tensor, scale: Normalizer) -> Tensor:
+        """The middle of each most likely bin; the outermost bins stand for the extremes. -> [B, H, A] in the robot's
+        units.
+        """
+        best = self.decoder(hidden, mask, state).unflatten(-1, (self.action_dim, self.bins)).argmax(-1).float()
+        share = torch.where(best == 0, 0.0, torch.where(best == self.bins - 1, 1.0, (best + 0.5) / self.bins))
+        return scale.low + share * (scale.high - scale.low)
+
+
+HEADS = {"flow": FlowHead, "regression": RegressionHead, "token": TokenHead}

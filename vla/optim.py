@@ -1,0 +1,87 @@
+"""What moves the weights: parameter groups, the learning rate as a function of the step, and the moving average of
+the weights.
+"""
+
+import math
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from vla.config import MODULES, OptimConfig
+
+
+def parameter_groups(policy: nn.Module, config: OptimConfig) -> list[dict]:
+    """Two AdamW groups for each trained module: weights of linear maps and convolutions decay, all else does not.
+
+    Each group carries its `name` and its `peak_lr`.
+    """
+    decaying = {
+        id(module.weight) for module in policy.modules() if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d)
+    }
+    groups = []
+    for name in MODULES:
+        peak = config.module_lrs.get(name, config.lr)
+        trained = [p for p in getattr(policy, name).parameters() if p.requires_grad]
+        for suffix, decay, parameters in (
+            ("", config.weight_decay, [p for p in trained if id(p) in decaying]),
+            ("/no_decay", 0.0, [p for p in trained if id(p) not in decaying]),
+        ):
+            if parameters:
+                groups.append(
+                    {"name": name + suffix, "params": parameters, "lr": peak, "peak_lr": peak, "weight_decay": decay}
+                )
+    return groups
+
+
+def schedule(config: OptimConfig, step: int, steps: int) -> float:
+    """Share of the peak learning rate at a step (0-based) of a run of `steps`: a pure function, so there is no state
+    to lose.
+    """
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    share = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)  # of what follows the warm-up
+    if config.schedule == "constant":
+        return 1.0
+    if config.schedule == "step":
+        return 0.1 ** sum(step / steps >= milestone for milestone in config.milestones)
+    if config.schedule == "wsd":
+        share = max(0.0, 1 - (steps - step) / max(1.0, config.decay_share * steps))
+    falling = (1 + math.cos(math.pi * share)) / 2 if config.schedule == "cosine" else 1 - share
+    return config.final_ratio + (1 - config.final_ratio) * falling
+
+
+class EMA:
+    """Exponential moving average of the trained parameters, in float32, once for each optimizer step.
+
+    The decay rises with the step, min(decay, (1 + step) / (10 + step)), so that early weights are soon forgotten.
+    """
+
+    def __init__(self, policy: nn.Module, decay: float):
+        self.decay = decay
+        self.live = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+        self.average = {name: p.detach().clone() for name, p in self.live.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the weights after optimizer step `step` (0-based)."""
+        weight = 1 - min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.average.values()), list(self.live.values()), weight)
+
+    @torch.no_grad()
+    def load(self, average: dict[str, Tensor]) -> None:
+        """Take a saved average. Raises KeyError for a parameter that it lacks."""
+        for name, value in self.average.items():
+            value.copy_(average[name])
+
+    @contextmanager
+    def applied(self):
+        """Inside, the policy has the averaged weights; afterwards its own again, bit for bit."""
+        own = [p.detach().clone() for p in self.live.values()]
+        with torch.no_grad():
+            torch._foreach_copy_(list(self.live.values()), list(self.average.values()))
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(list(self.live.values()), own)

@@ -1,0 +1,202 @@
+"""Act in an environment with an exported policy, and count successes.
+
+python -m vla.rollout --policy runs/demo/export --env tabletop
+"""
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from vla import InputError, keyed, sim
+from vla.log import gif
+from vla.model.policy import PolicyConfig, VLAPolicy, check
+
+# Demonstrations are collected from seeds below this one, and every evaluation takes seeds from it on.
+FIRST_EVALUATION_SEED = 1_000_000
+
+
+@dataclass
+class Episode:
+    """How one episode went; frames are kept if asked for, uint8 [L, h, w, 3]."""
+
+    seed: int
+    instruction: str
+    success: bool = False
+    steps: int = 0
+    frames: list[np.ndarray] = field(default_factory=list)
+
+
+def rollout(
+    policy: VLAPolicy | Literal["expert"],
+    env: str,
+    seeds: list[int],
+    batch_size: int = 128,
+    record: int = 0,
+    progress: bool = False,
+    edit: Callable[[dict], dict] = lambda observation: observation,
+) -> list[Episode]:
+    """One episode for each seed, up to batch_size at once with their inference in one batch.
+
+    A policy executes the first n_action_steps of each chunk. The first `record` episodes keep their frames. `edit`
+    changes what the policy sees of each observation. Results do not depend on batch_size but for rounding.
+    """
+    episodes = []
+    bar = tqdm(total=len(seeds), unit="episode", disable=not progress)
+    for start in range(0, len(seeds), batch_size):
+        worlds = [sim.make(env) for _ in seeds[start : start + batch_size]]
+        observations = [world.reset(seed) for world, seed in zip(worlds, seeds[start:], strict=False)]
+        batch = [Episode(seed, world.instruction) for world, seed in zip(worlds, seeds[start:], strict=False)]
+        running = list(range(len(worlds)))
+        while running:
+            if policy == "expert":
+                chunks = np.stack([worlds[i].expert() for i in running])[:, None]  # [running, 1, A]
+            else:
+                seen = [edit(observations[i]) for i in running]
+                # Noise by (seed, steps so far), so that an episode is the same in whatever batch it runs.
+                key = keyed.derive(0, torch.tensor([batch[i].seed * 10_000 + batch[i].steps for i in running]))
+                chunks = policy.predict_chunk(policy.collate(seen, key)).float().cpu().numpy()
+                chunks = chunks[:, : policy.config.model.n_action_steps]
+            for i, chunk in zip(list(running), chunks, strict=True):
+                for action in chunk:
+                    if start + i < record:
+                        batch[i].frames.append(worlds[i].render())
+                    observations[i], batch[i].success, done = worlds[i].step(action)
+                    batch[i].steps += 1
+                    if done:
+                        if start + i < record:
+                            batch[i].frames.append(worlds[i].render())
+                        running.remove(i)
+                        bar.update()
+                        break
+        episodes += batch
+    bar.close()
+    return episodes
+
+
+def interval(successes: int, episodes: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a success rate (1927)."""
+    z, rate = 1.959964, successes / episodes
+    middle = (rate + z * z / (2 * episodes)) / (1 + z * z / episodes)
+    half = z * math.sqrt(rate * (1 - rate) / episodes + z * z / (4 * episodes**2)) / (1 + z * z / episodes)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def grid(episodes: list[Episode]) -> np.ndarray:
+    """Recorded episodes side by side, each held at its end until the last ends. uint8 [L, rows · h, columns · w,
+    3].
+    """
+    length = max(len(episode.frames) for episode in episodes) + 5
+    videos = [np.stack(e.frames + [e.frames[-1]] * (length - len(e.frames))) for e in episodes]
+    columns = math.ceil(math.sqrt(len(videos)))
+    videos += [np.zeros_like(videos[0])] * (-len(videos) % columns)
+    rows = [np.concatenate(videos[i : i + columns], axis=2) for i in range(0, len(videos), columns)]
+    return np.concatenate(rows, axis=1)
+
+
+def check_fits(policy: PolicyConfig, env: str) -> None:
+    """Raises InputError where the policy was trained on another robot than the environment has."""
+    world = sim.make(env)
+    for name in ("cameras", "state_names", "action_names"):
+        if tuple(getattr(policy, name)) != tuple(getattr(world, name)):
+            raise InputError(
+                f"the policy's {name} are {', '.join(getattr(policy, name))}, but {env} has "
+                f"{', '.join(getattr(world, name))}; act in the environment that its data came from"
+            )
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """Act with an exported policy."""
+
+    # Folder that VLAPolicy.from_pretrained takes: an export, a checkpoint, or a name on the Hugging Face hub.
+    policy: str
+    # Environment to act in.
+    env: Literal["tabletop"]
+    # Episodes, on the seeds from `seed` on.
+    episodes: int = 100
+    # First seed: demonstrations never have seeds from a million on.
+    seed: int = FIRST_EVALUATION_SEED
+    # Actions executed of each chunk (0: as the policy was configured).
+    n_action_steps: int = 0
+    # Also act with the environment's expert and with an untrained policy of the same architecture.
+    baselines: bool = False
+    # Write the results here, as JSON.
+    out: str = ""
+    # Write a moving picture of the first 9 episodes here.
+    gif: str = ""
+    # Where the policy runs.
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def main(config: RolloutConfig) -> None:
+    if not Path(config.policy, "config.json").is_file() and (
+        Path(config.policy).exists() or config.policy.count("/") != 1
+    ):
+        raise InputError(
+            f"--policy {config.policy} is no folder with a config.json; give an export, such as runs/NAME/export"
+        )
+    policy = VLAPolicy.from_pretrained(config.policy).to(config.device)
+    check_fits(policy.config, config.env)
+    steps = config.n_action_steps or policy.config.model.n_action_steps
+    policy.config = replace(policy.config, model=replace(policy.config.model, n_action_steps=steps))
+    check(policy.config)
+
+    seeds = list(range(config.seed, config.seed + config.episodes))
+    episodes = rollout(policy, config.env, seeds, record=9 if config.gif else 0, progress=True)
+    result = summary(episodes) | {"env": config.env, "policy": config.policy, "n_action_steps": steps}
+    if config.baselines:
+        untrained = VLAPolicy(policy.config).to(config.device).eval()
+        for mine, theirs in ((untrained.state_norm, policy.state_norm), (untrained.action_norm, policy.action_norm)):
+            mine.load_state_dict(theirs.state_dict())
+        for name, actor in (("expert", "expert"), ("untrained", untrained)):
+            baseline = summary(rollout(actor, config.env, seeds, progress=True))
+            result[name] = {key: baseline[key] for key in ("success_rate", "interval")}
+    if config.gif:
+        Path(config.gif).write_bytes(gif(grid([e for e in episodes if e.frames]), sim.make(config.env).fps))
+    if config.out:
+        Path(config.out).write_text(json.dumps(result, indent=2) + "\n")
+    for name in ("expert", "untrained"):
+        if name in result:
+            print(f"{name}: {_percent(result[name])}")
+    print(f"success rate in {config.env}: {_percent(result)} of {config.episodes} scenes never seen in training")
+
+
+def summary(episodes: list[Episode]) -> dict:
+    """success_rate, its 95 % interval, and all that it comes from."""
+    by_instruction: dict[str, list[bool]] = {}
+    for episode in episodes:
+        by_instruction.setdefault(episode.instruction, []).append(episode.success)
+    successes = sum(episode.success for episode in episodes)
+    return {
+        "success_rate": successes / len(episodes),
+        "interval": interval(successes, len(episodes)),
+        "episodes": len(episodes),
+        "mean_steps": sum(episode.steps for episode in episodes) / len(episodes),
+        "seeds": [episode.seed for episode in episodes],
+        "successes": [episode.success for episode in episodes],
+        "instructions": {
+            text: {"success_rate": sum(s) / len(s), "episodes": len(s)} for text, s in sorted(by_instruction.items())
+        },
+    }
+
+
+def _percent(result: dict) -> str:
+    low, high = result["interval"]
+    return f"{100 * result['success_rate']:.1f} % (95 % interval {100 * low:.1f} to {100 * high:.1f} %)"
+
+
+if __name__ == "__main__":
+    import tyro
+
+    try:
+        main(tyro.cli(RolloutConfig, prog="python -m vla.rollout"))
+    except InputError as error:
+        sys.exit(f"error: {error}")

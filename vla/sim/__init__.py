@@ -1,0 +1,30 @@
+"""Environments behind one contract. Knows nothing of models or data sets.
+
+An environment has
+
+    instruction: str              what to do, in words
+    cameras: tuple[str, ...]      names, in the order of the images
+    state_names, action_names     one name per dimension
+    fps, max_steps                control rate in Hz; steps until an episode ends unsolved
+    noise_scale: float [A]        unit of the noise that a demonstration may be disturbed by, per action dimension
+    reset(seed) -> observation
+    step(action) -> observation, success, done
+    expert() -> action            what solves it from here
+    render() -> uint8 [h, w, 3]   for people
+
+and an observation is {"images": uint8 [N, 3, h, w], "state": float32 [P], "instruction": str}: the batch's keys
+without B.
+"""
+
+from vla import InputError
+
+ENVIRONMENTS = ("tabletop",)
+
+
+def make(name: str):
+    """A new environment by its name; its package is imported only now. Raises InputError for an unknown name."""
+    if name == "tabletop":
+        from vla.sim.tabletop import Tabletop
+
+        return Tabletop()
+    raise InputError(f"environment '{name}' is unknown; known: {', '.join(ENVIRONMENTS)}")
