@@ -107,9 +107,7 @@ def main(config: configuration.TrainConfig) -> None:
     )
 
     def evaluated() -> bool:
-        """Evaluate, log, keep the score; true if this is the best so far. All processes agree: every value is
-        reduced.
-        """
+        """Evaluate, log, keep the score; true if it is the best so far. All processes agree: values are reduced."""
         values = {}
         with ema.applied() if ema else contextlib.nullcontext():
             if len(val_samples):
@@ -117,7 +115,8 @@ def main(config: configuration.TrainConfig) -> None:
             if config.eval.env:
                 success, recorded = evaluate.closed_loop(accelerator, policy, config.eval.env, config.eval.episodes)
                 values |= success
-                log.video(step, "rollout", rollout.grid(recorded), data.fps)
+                if main_process:
+                    log.video(step, "rollout", rollout.grid(recorded), data.fps)
         log.metrics(step, values)
         value, sign = values[f"eval/{config.eval.metric}"], -1 if config.eval.metric == "success" else 1
         if state["best"] is not None and not sign * value < sign * state["best"] - config.eval.min_delta:
@@ -183,7 +182,8 @@ def main(config: configuration.TrainConfig) -> None:
             )
             checkpoint.save(accelerator, checkpoints, state, asdict(policy.config), ema)
             if main_process:
-                checkpoint.rotate(checkpoints, config.checkpoint.keep, config.checkpoint.keep_every, state["best_step"])
+                keep, keep_every = config.checkpoint.keep, config.checkpoint.keep_every
+                checkpoint.rotate(checkpoints, step, keep, keep_every, state["best_step"])
 
     # ---- The end: the best weights as one folder, and the result.
     if stop:

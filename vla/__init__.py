@@ -1,5 +1,6 @@
-"""Train vision-language-action policies exactly: data flows stream → dataset → policy → loss → checkpoint → export →
-rollout.
+"""Train vision-language-action policies.
+
+Data flows down: stream → data set → policy → loss → checkpoint → export → rollout.
 """
 
 

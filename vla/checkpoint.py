@@ -3,25 +3,28 @@
 A save goes into a hidden folder; MANIFEST.json, with every file's size and hash, is written last; everything is
 flushed to disk; one rename commits. What is left after a crash at any line is either the old state or the new one.
 
-    checkpoints/step_00001000/   model.safetensors, optimizer.bin, random_states_<rank>.pkl, scaler.pt (fp16): as
-    accelerate names them
-                                 ema.safetensors, config.json (the policy's: the folder loads with
-                                 VLAPolicy.from_pretrained) trainer_state.json (counters, best metric, versions),
-                                 MANIFEST.json
+    checkpoints/step_00001000/
+        model.safetensors, optimizer.bin, random_states_<rank>.pkl, scaler.pt (fp16): as accelerate names them
+        ema.safetensors, config.json: the folder loads with VLAPolicy.from_pretrained
+        trainer_state.json (counters, best metric, versions), MANIFEST.json
 """
 
 import hashlib
 import json
 import logging
 import os
+import platform
 import re
 import shutil
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
+import accelerate
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from vla import InputError
@@ -32,8 +35,9 @@ NAME = re.compile(r"step_(\d{8})")
 
 
 def prepare(run_dir: Path, resuming: bool) -> Path:
-    """The folder of a run's checkpoints, made if need be. Raises InputError if it is not writable, or for a new run
-    not empty.
+    """The folder of a run's checkpoints, made if need be.
+
+    Raises InputError if it cannot be written to, holds checkpoints of another run, or holds none to resume from.
     """
     folder = run_dir / "checkpoints"
     if resuming and not all_steps(folder):
@@ -52,51 +56,39 @@ def prepare(run_dir: Path, resuming: bool) -> Path:
 
 
 def save(accelerator: Accelerator, folder: Path, state: dict, policy_config: dict, ema: EMA | None) -> Path:
-    """Commit a checkpoint of everything prepared by `accelerator` to folder/step_<state["step"]>; every process
-    calls this.
+    """Commit everything prepared by `accelerator` to folder/step_<state["step"]>; every process calls this.
 
-    Call it between optimizer steps only: gradients under accumulation are not saved. Raises OSError on every process
-    if writing failed on any; nothing is then left under the final name.
+    Call it between optimizer steps only: gradients under accumulation are not saved. Raises on every process if writing
+    failed on any; nothing new is then left under the final name.
     """
     final = folder / f"step_{state['step']:08d}"
     temporary = folder / f".saving_{final.name}"
-    error = None
-    try:
+    with _agreed(accelerator):
         if accelerator.is_main_process:
             shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        accelerator.wait_for_everyone()
+            temporary.mkdir()
+    with _agreed(accelerator):
         accelerator.save_state(str(temporary), safe_serialization=True)
         if accelerator.is_main_process:
             if ema is not None:
-                save_file(
-                    {name: value.contiguous() for name, value in ema.average.items()}, temporary / "ema.safetensors"
-                )
-            (temporary / "config.json").write_text(json.dumps(policy_config, indent=2) + "\n")
-            (temporary / "trainer_state.json").write_text(json.dumps(state, indent=2) + "\n")
-    except OSError as failure:
-        error = failure
-    _raise_together(accelerator, error)  # also the barrier behind which all ranks' files are there
-    if accelerator.is_main_process:
-        try:
+                save_file(ema.average, temporary / "ema.safetensors")
+            _write_json(temporary / "config.json", policy_config)
+            _write_json(temporary / "trainer_state.json", state | {"versions": versions()})
+    with _agreed(accelerator):
+        if accelerator.is_main_process:
             _commit(temporary, final)
-        except OSError as failure:
-            error = failure
-    _raise_together(accelerator, error)
     return final
 
 
 def load(accelerator: Accelerator, path: Path, ema: EMA | None) -> dict:
-    """Restore everything prepared by `accelerator` from a verified checkpoint. Returns what `save` was given as
-    `state`.
-    """
+    """Restore everything prepared by `accelerator` from a verified checkpoint. Returns the `state` given to `save`."""
     accelerator.load_state(str(path), map_location="cpu")
-    accelerator.step = (
-        0  # saves fall between steps; a process that is new to this run has no file to read its count from
-    )
+    accelerator.step = 0  # saves fall between steps; a process new to this run has no file to read its count from
     if ema is not None:
         ema.load(load_file(path / "ema.safetensors"))
-    return json.loads((path / "trainer_state.json").read_text())
+    state = json.loads((path / "trainer_state.json").read_text())
+    del state["versions"]
+    return state
 
 
 def verify(path: Path) -> None:
@@ -163,21 +155,30 @@ def all_steps(folder: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def rotate(folder: Path, keep: int, keep_every: int, best: int | None) -> None:
-    """Delete what is neither among the newest `keep`, nor the best, nor a multiple of keep_every. Call it after a
-    commit.
+def rotate(folder: Path, step: int, keep: int, keep_every: int, best: int | None) -> None:
+    """Delete all but the newest `keep`, the best, and multiples of keep_every. Call it after committing `step`.
+
+    Checkpoints of later steps are deleted too: they are of a future that was left by resuming from before it.
     """
     steps = all_steps(folder)
-    kept = {*list(steps)[-keep:], best} | {step for step in steps if keep_every and step % keep_every == 0}
-    for step, path in steps.items():
-        if step not in kept:
-            doomed = path.with_name(
-                f".deleting_{path.name}"
-            )  # a crash half-way must not leave half a checkpoint by that name
-            path.rename(doomed)
-            shutil.rmtree(doomed)
+    newest = [other for other in steps if other <= step][-keep:]
+    for other, path in steps.items():
+        regular = keep_every and other % keep_every == 0 and other <= step
+        if other not in newest and other != best and not regular:
+            _delete(path)
     for left_over in folder.glob(".deleting_*"):
-        shutil.rmtree(left_over, ignore_errors=True)
+        shutil.rmtree(left_over)
+
+
+def versions() -> dict[str, str]:
+    """What numbers depend on beside the configuration."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "accelerate": accelerate.__version__,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+        "cpus": str(os.cpu_count()),
+    }
 
 
 def _commit(temporary: Path, final: Path) -> None:
@@ -188,16 +189,24 @@ def _commit(temporary: Path, final: Path) -> None:
         path.chmod(0o666 & ~umask)  # safetensors leaves 0600
         _flush(path)
         files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-    manifest = temporary / "MANIFEST.json"
-    manifest.write_text(json.dumps({"files": files}, indent=2) + "\n")
-    _flush(manifest)
+    _write_json(temporary / "MANIFEST.json", {"files": files})
+    _flush(temporary / "MANIFEST.json")
     _flush(temporary)
-    if final.exists():  # left by a run that was resumed from before it: what was there is replaced
-        doomed = final.with_name(f".deleting_{final.name}")
-        shutil.rmtree(doomed, ignore_errors=True)
-        final.rename(doomed)
+    if final.exists():  # damaged, or of a future that was left by resuming from before it
+        _delete(final)
     temporary.rename(final)
     _flush(final.parent)
+
+
+def _delete(path: Path) -> None:
+    doomed = path.with_name(f".deleting_{path.name}")  # a crash half-way leaves no half checkpoint under its name
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _flush(path: Path) -> None:
@@ -213,8 +222,14 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _raise_together(accelerator: Accelerator, error: OSError | None) -> None:
-    """Raise on every process if any has an error, so that none waits for another that has gone."""
+@contextmanager
+def _agreed(accelerator: Accelerator):
+    """What fails inside on one process fails on all, so that none waits for another that has gone. Also a barrier."""
+    error = None
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as failure:  # a full disk is each of them, by who finds it
+        error = failure
     failed = accelerator.reduce(torch.tensor(float(error is not None), device=accelerator.device), "sum")
     if error is not None:
         raise error

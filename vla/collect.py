@@ -29,8 +29,8 @@ class CollectConfig:
     out: str
     # Successful episodes to record; failed ones are discarded.
     episodes: int = 400
-    # First seed of the scenes; evaluations take theirs from a million on.
-    seed: int = 0
+    # First seed of the scenes; those from 500,000 on are kept for evaluations.
+    seed: int = sim.DEMONSTRATION_SEEDS
     # Standard deviation of noise on the motions that are executed, as a share of their range: the recorded action is
     # the expert's own, so the policy learns to come back (DART: Laskey et al., 2017).
     noise: float = 0.3
@@ -38,12 +38,11 @@ class CollectConfig:
     workers: int = os.cpu_count() or 1
 
 
-def demonstrate(env: str, noise: float, seed: int) -> tuple[dict, bool]:
-    """One episode of the expert: images {camera: uint8 [L, 3, h, w]}, state, actions, instruction; and whether it
-    succeeded.
-    """
-    world, random = sim.make(env), np.random.default_rng((seed, 1))
-    observation, done = world.reset(seed), False
+def demonstrate(env: str, noise: float, seed: int, number: int) -> tuple[dict, bool]:
+    """Episode `number` of the expert, as LeRobotWriter.add_episode takes it, and whether it succeeded."""
+    world, random = sim.make(env), np.random.default_rng((seed, number, 1))
+    scene, task = divmod(number, world.tasks_per_scene)
+    observation, done = world.reset(seed + scene, task), False
     images, states, actions = [], [], []
     while not done:
         action = world.expert()
@@ -67,6 +66,8 @@ def main(config: CollectConfig) -> None:
     world = sim.make(config.env)
     if config.episodes < 1:
         raise InputError(f"--episodes is {config.episodes}; expected at least 1")
+    if config.seed + 2 * config.episodes > sim.VALIDATION_SEEDS:
+        raise InputError(f"--seed {config.seed} reaches the scenes of evaluations, from {sim.VALIDATION_SEEDS} on")
     height, width = world.reset(config.seed)["images"].shape[-2:]
     writer = LeRobotWriter(
         config.out,
@@ -77,7 +78,7 @@ def main(config: CollectConfig) -> None:
         robot_type=config.env,
     )
     kept = tried = frames = 0
-    act = partial(demonstrate, config.env, config.noise)
+    act = partial(demonstrate, config.env, config.noise, config.seed)
     with (
         ProcessPoolExecutor(config.workers, mp_context=get_context("spawn")) as pool,
         writer,
@@ -87,8 +88,7 @@ def main(config: CollectConfig) -> None:
             wanted = (
                 config.episodes - kept
             )  # as many again as failed, so that which seeds are recorded is the same every time
-            seeds = range(config.seed + tried, config.seed + tried + wanted)
-            for episode, success in pool.map(act, seeds, chunksize=8):
+            for episode, success in pool.map(act, range(tried, tried + wanted), chunksize=8):
                 tried += 1
                 if success:
                     writer.add_episode(**episode)

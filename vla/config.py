@@ -1,5 +1,4 @@
-"""Everything that a training run can be told, as typed dataclasses: each field is a flag, the comment above it is
-its help.
+"""Everything that a training run can be told, as typed dataclasses: a field is a flag, the comment above it its help.
 
 Nothing here imports torch, so that `--help` and a wrong flag answer at once.
 """
@@ -167,9 +166,9 @@ class TrainConfig:
     deterministic: bool = False
     # Compile the policy with torch.compile.
     compile: bool = False
-    # Optimizer steps in all; or give epochs.
+    # Optimizer steps in all.
     steps: int = 0
-    # Passes over the training frames, in place of steps.
+    # Passes over the training frames, in place of steps (20 if neither is given).
     epochs: float = 0.0
     # Samples of one optimizer step, over all processes.
     global_batch_size: int = 64
@@ -199,8 +198,7 @@ MAY_CHANGE = (
 
 
 def parse(arguments: list[str]) -> TrainConfig:
-    """The validated configuration of a new run, or of the run that --resume_from names with what may change taken
-    from the flags.
+    """The validated configuration of a new run, or of the run to resume with what may change taken from the flags.
 
     Raises InputError for a wrong value, and for a flag that disagrees with the run it resumes.
     """
@@ -227,6 +225,8 @@ def parse(arguments: list[str]) -> TrainConfig:
                 + ". Leave them out, or start a new run with --init_from"
             )
         config = dataclasses.replace(config, run_dir=str(run_dir))
+    if not config.steps and not config.epochs:
+        config = dataclasses.replace(config, epochs=20.0)
     validate(config)
     return config
 
@@ -294,8 +294,7 @@ def run_folder(path: Path) -> Path:
 def accumulation(config: TrainConfig, world_size: int) -> tuple[int, int]:
     """Micro-batch size and micro-batches per step of each process.
 
-    Raises InputError, with sizes that fit, where global_batch_size is not micro_batch_size × processes × a whole
-    number.
+    Raises InputError, with sizes that fit, unless global_batch_size = micro_batch_size × processes × a whole number.
     """
     total, micro = config.global_batch_size, config.micro_batch_size
     if total % world_size:
@@ -320,10 +319,8 @@ def validate(config: TrainConfig) -> None:
     for name, path in (("run_dir", config.run_dir), ("data.path", config.data.path)):
         if not path:
             raise InputError(f"--{name} is missing; give a folder")
-    if bool(config.steps) == bool(config.epochs):
-        raise InputError(
-            f"found --steps {config.steps} and --epochs {config.epochs}; give exactly one of them, above 0"
-        )
+    if config.steps and config.epochs:
+        raise InputError(f"found --steps {config.steps} and --epochs {config.epochs}; give one of them")
     for flag, names in (("model.freeze", model.freeze), ("optim.module_lrs", optim.module_lrs)):
         if unknown := sorted(set(names) - set(MODULES)):
             raise InputError(f"--{flag} names {', '.join(unknown)}; the modules are {', '.join(MODULES)}")

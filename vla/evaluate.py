@@ -3,20 +3,20 @@
 import torch
 from accelerate import Accelerator
 
+from vla import sim
 from vla.data.stream import Samples
 from vla.model.policy import VLAPolicy
-from vla.rollout import FIRST_EVALUATION_SEED, Episode, rollout
+from vla.rollout import Episode, rollout
 
 
 @torch.no_grad()
 def held_out(
     accelerator: Accelerator, policy: VLAPolicy, samples: Samples, limit: int, batch_size: int
 ) -> dict[str, float]:
-    """Loss, its terms and the mean absolute action error, over at most `limit` evenly spaced samples; every process
-    calls this.
+    """Loss, its terms and the mean absolute action error, over at most `limit` evenly spaced samples.
 
-    Each sample is counted once, whatever the number of processes, and its noise is keyed by it, so evaluations are
-    comparable.
+    Every process calls this. Each sample is counted once, whatever the number of processes, and its noise is keyed by
+    it, so evaluations are comparable.
     """
     count = min(limit, len(samples))
     chosen = [i * len(samples) // count for i in range(count)]
@@ -51,7 +51,7 @@ def closed_loop(
 
     Also returns this process's first `record` episodes with their frames.
     """
-    seeds = [FIRST_EVALUATION_SEED + i for i in range(episodes)][accelerator.process_index :: accelerator.num_processes]
+    seeds = [sim.VALIDATION_SEEDS + i for i in range(episodes)][accelerator.process_index :: accelerator.num_processes]
     policy.eval()
     done = rollout(policy, env, seeds, record=record)
     policy.train()

@@ -2,8 +2,6 @@
 
 import io
 import json
-import os
-import platform
 import resource
 import sys
 import time
@@ -11,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-import accelerate
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -20,12 +17,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from vla import InputError
+from vla.checkpoint import versions
 from vla.config import TrainConfig, flatten
 
 
 def tracker(name: str, run_dir: Path, first_step: int):
-    """What accelerate's `log_with` takes: its name, or for TensorBoard a tracker that drops what an earlier start
-    logged later.
+    """What accelerate's `log_with` takes; TensorBoard's drops what an earlier start logged after `first_step`.
 
     Raises InputError for a tracker that is unknown or not installed.
     """
@@ -117,9 +114,7 @@ class RunLog:
             tqdm.write(text, file=sys.stderr)
 
     def images(self, step: int, name: str, images: np.ndarray) -> None:
-        """A row of pictures for TensorBoard. images: uint8 [B, N, 3, h, w]; the cameras of a sample stand side by
-        side.
-        """
+        """Pictures for TensorBoard, a sample's cameras side by side. images: uint8 [B, N, 3, h, w]."""
         if writer := self._tensorboard():
             rows = np.concatenate(list(images.swapaxes(0, 1)), axis=-1)  # [B, 3, h, N · w]
             writer.add_images(name, rows, step)
@@ -172,19 +167,6 @@ def gif(frames: np.ndarray, fps: int) -> bytes:
     buffer = io.BytesIO()
     pictures[0].save(buffer, "GIF", save_all=True, append_images=pictures[1:], duration=round(1000 / fps), loop=0)
     return buffer.getvalue()
-
-
-def versions() -> dict[str, str]:
-    """What a run's numbers depend on beside its configuration."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "accelerate": accelerate.__version__,
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else platform.processor() or platform.machine(),
-        "cpus": str(os.cpu_count()),
-    }
 
 
 def _markdown(config: TrainConfig) -> str:

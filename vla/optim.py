@@ -1,6 +1,4 @@
-"""What moves the weights: parameter groups, the learning rate as a function of the step, and the moving average of
-the weights.
-"""
+"""What moves the weights: parameter groups, the learning rate as a function of the step, the average of the weights."""
 
 import math
 from contextlib import contextmanager
@@ -35,9 +33,7 @@ def parameter_groups(policy: nn.Module, config: OptimConfig) -> list[dict]:
 
 
 def schedule(config: OptimConfig, step: int, steps: int) -> float:
-    """Share of the peak learning rate at a step (0-based) of a run of `steps`: a pure function, so there is no state
-    to lose.
-    """
+    """Share of the peak learning rate at a step (0-based) of a run of `steps`: a function, so no state can be lost."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     share = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)  # of what follows the warm-up

@@ -6,6 +6,7 @@ python -m vla.rollout --policy runs/demo/export --env tabletop
 import json
 import math
 import sys
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,14 +14,12 @@ from typing import Literal
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from vla import InputError, keyed, sim
 from vla.log import gif
 from vla.model.policy import PolicyConfig, VLAPolicy, check
-
-# Demonstrations are collected from seeds below this one, and every evaluation takes seeds from it on.
-FIRST_EVALUATION_SEED = 1_000_000
 
 
 @dataclass
@@ -41,12 +40,12 @@ def rollout(
     batch_size: int = 128,
     record: int = 0,
     progress: bool = False,
-    edit: Callable[[dict], dict] = lambda observation: observation,
+    see: Callable[[int, dict], dict] = lambda episode, observation: observation,
 ) -> list[Episode]:
     """One episode for each seed, up to batch_size at once with their inference in one batch.
 
-    A policy executes the first n_action_steps of each chunk. The first `record` episodes keep their frames. `edit`
-    changes what the policy sees of each observation. Results do not depend on batch_size but for rounding.
+    A policy executes the first n_action_steps of each chunk. The first `record` episodes keep their frames. `see` makes
+    of an episode's number and observation what the policy sees. Results do not depend on batch_size but for rounding.
     """
     episodes = []
     bar = tqdm(total=len(seeds), unit="episode", disable=not progress)
@@ -59,7 +58,7 @@ def rollout(
             if policy == "expert":
                 chunks = np.stack([worlds[i].expert() for i in running])[:, None]  # [running, 1, A]
             else:
-                seen = [edit(observations[i]) for i in running]
+                seen = [see(start + i, observations[i]) for i in running]
                 # Noise by (seed, steps so far), so that an episode is the same in whatever batch it runs.
                 key = keyed.derive(0, torch.tensor([batch[i].seed * 10_000 + batch[i].steps for i in running]))
                 chunks = policy.predict_chunk(policy.collate(seen, key)).float().cpu().numpy()
@@ -90,15 +89,31 @@ def interval(successes: int, episodes: int) -> tuple[float, float]:
 
 
 def grid(episodes: list[Episode]) -> np.ndarray:
-    """Recorded episodes side by side, each held at its end until the last ends. uint8 [L, rows · h, columns · w,
-    3].
+    """Recorded episodes side by side under their instructions, each held at its end until the last one ends.
+
+    A green edge marks success, a red one failure. Returns uint8 [L, rows, columns, 3].
     """
     length = max(len(episode.frames) for episode in episodes) + 5
-    videos = [np.stack(e.frames + [e.frames[-1]] * (length - len(e.frames))) for e in episodes]
+    videos = []
+    for episode in episodes:
+        frames = [_captioned(frame, episode.instruction, None) for frame in episode.frames]
+        last = _captioned(episode.frames[-1], episode.instruction, episode.success)
+        videos.append(np.stack(frames + [last] * (length - len(frames))))
     columns = math.ceil(math.sqrt(len(videos)))
     videos += [np.zeros_like(videos[0])] * (-len(videos) % columns)
     rows = [np.concatenate(videos[i : i + columns], axis=2) for i in range(0, len(videos), columns)]
     return np.concatenate(rows, axis=1)
+
+
+def _captioned(frame: np.ndarray, instruction: str, success: bool | None) -> np.ndarray:
+    height, width = frame.shape[:2]
+    edge = (70, 70, 76) if success is None else (30, 160, 70) if success else (200, 40, 40)
+    picture = Image.new("RGB", (width + 8, height + 36), edge)
+    draw = ImageDraw.Draw(picture)
+    draw.rectangle([4, 4, width + 3, 31], fill=(255, 255, 255))
+    draw.multiline_text((8, 4), textwrap.fill(instruction, width // 6), fill=(20, 20, 20), font_size=11, spacing=1)
+    picture.paste(Image.fromarray(frame), (4, 32))
+    return np.asarray(picture)
 
 
 def check_fits(policy: PolicyConfig, env: str) -> None:
@@ -122,11 +137,11 @@ class RolloutConfig:
     env: Literal["tabletop"]
     # Episodes, on the seeds from `seed` on.
     episodes: int = 100
-    # First seed: demonstrations never have seeds from a million on.
-    seed: int = FIRST_EVALUATION_SEED
+    # First seed; training never sees scenes from this one on.
+    seed: int = sim.TEST_SEEDS
     # Actions executed of each chunk (0: as the policy was configured).
     n_action_steps: int = 0
-    # Also act with the environment's expert and with an untrained policy of the same architecture.
+    # Also act with the expert, with an untrained policy, and with this policy blinded or misled.
     baselines: bool = False
     # Write the results here, as JSON.
     out: str = ""
@@ -156,17 +171,27 @@ def main(config: RolloutConfig) -> None:
         untrained = VLAPolicy(policy.config).to(config.device).eval()
         for mine, theirs in ((untrained.state_norm, policy.state_norm), (untrained.action_norm, policy.action_norm)):
             mine.load_state_dict(theirs.state_dict())
-        for name, actor in (("expert", "expert"), ("untrained", untrained)):
-            baseline = summary(rollout(actor, config.env, seeds, progress=True))
-            result[name] = {key: baseline[key] for key in ("success_rate", "interval")}
+        words = [episode.instruction for episode in episodes]
+        baselines = {
+            "expert": rollout("expert", config.env, seeds),
+            "untrained": rollout(untrained, config.env, seeds),
+            "images blanked": rollout(
+                policy, config.env, seeds, see=lambda i, seen: seen | {"images": 0 * seen["images"]}
+            ),
+            "told another scene's instruction": rollout(
+                policy, config.env, seeds, see=lambda i, seen: seen | {"instruction": words[i - 1]}
+            ),
+        }
+        result["baselines"] = {
+            name: {key: summary(done)[key] for key in ("success_rate", "interval")} for name, done in baselines.items()
+        }
     if config.gif:
         Path(config.gif).write_bytes(gif(grid([e for e in episodes if e.frames]), sim.make(config.env).fps))
     if config.out:
         Path(config.out).write_text(json.dumps(result, indent=2) + "\n")
-    for name in ("expert", "untrained"):
-        if name in result:
-            print(f"{name}: {_percent(result[name])}")
-    print(f"success rate in {config.env}: {_percent(result)} of {config.episodes} scenes never seen in training")
+    for name, baseline in result.get("baselines", {}).items():
+        print(f"{name}: {_percent(baseline)}")
+    print(f"success rate in {config.env}: {_percent(result)} on {config.episodes} scenes never seen in training")
 
 
 def summary(episodes: list[Episode]) -> dict:

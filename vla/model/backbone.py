@@ -47,9 +47,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
-        """x: [B, Q, D], context: [B, S, D], mask: bool, broadcast to [B, heads, Q, S], true where attention may
-        go.
-        """
+        """x: [B, Q, D], context: [B, S, D], mask: bool, broadcast to [B, heads, Q, S], true where to look."""
         q = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, heads, Q, D / heads]
         k, v = (
             self.key_value(context).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
@@ -98,9 +96,7 @@ class Residual(nn.Module):
 
 
 def fourier_grid(rows: int, columns: int, octaves: int = 4) -> Tensor:
-    """Coordinates in [-1, 1] of a grid's cells, with their sines and cosines. -> float [rows · columns, 2 + 4 ·
-    octaves].
-    """
+    """Coordinates of a grid's cells in [-1, 1], their sines and cosines. -> [rows · columns, 2 + 4 · octaves]."""
     y, x = torch.meshgrid(torch.linspace(-1, 1, rows), torch.linspace(-1, 1, columns), indexing="ij")
     place = torch.stack([x.flatten(), y.flatten()], dim=-1)
     angles = (place[:, :, None] * torch.pi / 2 * 2 ** torch.arange(octaves)).flatten(1)

@@ -33,9 +33,7 @@ class Decoder(nn.Module):
         nn.init.zeros_(self.out[-1].weight)  # start from the mean action
 
     def forward(self, hidden: Tensor, mask: Tensor, state: Tensor, slots: Tensor | None = None) -> Tensor:
-        """hidden: [B, S, D], mask: bool [B, S], state: [B, P], slots: what the action slots carry, [B, H, D] -> [B,
-        H, out].
-        """
+        """hidden [B, S, D], mask bool [B, S], state [B, P], slots: what the slots carry, [B, H, D] -> [B, H, out]."""
         x = self.slot.expand(len(state), -1, -1) if slots is None else self.slot + slots
         x = torch.cat([self.state(state)[:, None], x], dim=1)  # [B, 1 + H, D]
         context = self.context_norm(hidden)
@@ -81,9 +79,7 @@ class RegressionHead(nn.Module):
 
 
 class FlowHead(nn.Module):
-    """Flow matching (Lipman et al., 2023) along straight paths from noise (t = 1) to actions (t = 0), as in π0
-    (Black et al., 2024).
-    """
+    """Flow matching (Lipman et al., 2023) on straight paths from noise at t = 1 to actions at t = 0 (π0, 2024)."""
 
     def __init__(self, config: ModelConfig, state_dim: int, action_dim: int):
         super().__init__()
@@ -120,9 +116,7 @@ class FlowHead(nn.Module):
 
 
 class TokenHead(nn.Module):
-    """Every dimension of every action classified into bins between its smallest and largest value, all in
-    parallel.
-    """
+    """Each dimension of each action classified into bins between its smallest and largest value, all at once."""
 
     def __init__(self, config: ModelConfig, state_dim: int, action_dim: int):
         super().__init__()
@@ -142,9 +136,7 @@ class TokenHead(nn.Module):
         return {"ce": sample_mean(error.view_as(share), valid)}
 
     def sample(self, hidden, mask, state, key: Tensor, scale: Normalizer) -> Tensor:
-        """The middle of each most likely bin; the outermost bins stand for the extremes. -> [B, H, A] in the robot's
-        units.
-        """
+        """The middle of the likeliest bin; the outermost bins mean the extremes. -> [B, H, A] in robot units."""
         best = self.decoder(hidden, mask, state).unflatten(-1, (self.action_dim, self.bins)).argmax(-1).float()
         share = torch.where(best == 0, 0.0, torch.where(best == self.bins - 1, 1.0, (best + 0.5) / self.bins))
         return scale.low + share * (scale.high - scale.low)

@@ -24,9 +24,7 @@ class Normalizer(nn.Module):
 
     @torch.no_grad()
     def set_statistics(self, statistics: dict) -> None:
-        """Take min, max, mean, std, q01 and q99, each float [dim]. Raises InputError for a missing or misshapen
-        one.
-        """
+        """Take min, max, mean, std, q01 and q99, each float [dim]. Raises InputError for a missing or bad one."""
         first, second = _BOUNDS[self.mode]
         values = {}
         for name in {first, second, "min", "max"}:

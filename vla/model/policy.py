@@ -130,15 +130,11 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
         return self.action_head.sample(hidden, mask, self.state_norm(batch["state"]), batch["key"], self.action_norm)
 
     def tokenize(self, instructions: list[str]) -> tuple[Tensor, Tensor]:
-        """int64 [B, T] and bool [B, T], T fixed so that shapes never change. Raises InputError for one that does not
-        fit.
-        """
+        """int64 [B, T] and mask bool [B, T], T fixed so that shapes never change (see backbone.tokenize)."""
         return tokenize(instructions, self.config.model.max_tokens)
 
     def collate(self, observations: list[dict], key: Tensor) -> dict[str, Tensor]:
-        """A batch on the policy's device from observations of environments (images, state, instruction). key: int64
-        [B].
-        """
+        """A batch on the policy's device, of observations (images, state, instruction). key: int64 [B]."""
         tokens, token_mask = self.tokenize([observation["instruction"] for observation in observations])
         batch = {
             "images": torch.from_numpy(np.stack([observation["images"] for observation in observations])),

@@ -5,9 +5,10 @@ An environment has
     instruction: str              what to do, in words
     cameras: tuple[str, ...]      names, in the order of the images
     state_names, action_names     one name per dimension
+    tasks_per_scene: int          tasks that demonstrations are given in one scene: what differs is then the words alone
     fps, max_steps                control rate in Hz; steps until an episode ends unsolved
     noise_scale: float [A]        unit of the noise that a demonstration may be disturbed by, per action dimension
-    reset(seed) -> observation
+    reset(seed, task=0) -> observation      the scene of this seed, and one of its tasks
     step(action) -> observation, success, done
     expert() -> action            what solves it from here
     render() -> uint8 [h, w, 3]   for people
@@ -19,6 +20,10 @@ without B.
 from vla import InputError
 
 ENVIRONMENTS = ("tabletop",)
+
+# First seeds of the scenes for demonstrations, for evaluations during training, and for tests of what was trained:
+# no scene serves two purposes.
+DEMONSTRATION_SEEDS, VALIDATION_SEEDS, TEST_SEEDS = 0, 500_000, 1_000_000
 
 
 def make(name: str):

@@ -51,6 +51,7 @@ class Tabletop:
     cameras = ("table", "gripper")
     state_names = ("tip_x", "tip_y", "gripper")
     action_names = ("dx", "dy", "gripper")
+    tasks_per_scene = 4
     fps = 10
     max_steps = 40
     noise_scale = np.array([1.0, 1.0, 0.0])  # the gripper has two values: noise on it would be another action
@@ -58,8 +59,8 @@ class Tabletop:
     def __init__(self, image_size: int = 64, objects: int = 3, zones: int = 3):
         self.image_size, self.object_count, self.zone_count = image_size, objects, zones
 
-    def reset(self, seed: int) -> dict:
-        """Lay out the scene of this seed: the same seed, the same scene, instruction and start."""
+    def reset(self, seed: int, task: int = 0) -> dict:
+        """Lay out the scene of this seed and ask for one of its tasks: the same numbers, the same everything."""
         random = np.random.default_rng(seed)
         colours, places = list(COLOURS), self._places(random)
         zone_colours = random.permutation(colours)[: self.zone_count]
@@ -69,17 +70,16 @@ class Tabletop:
             Item(colour, str(random.choice(SHAPES)), place)
             for colour, place in zip(object_colours, places[self.zone_count :], strict=True)
         ]
+        pairs = random.permutation(self.object_count * self.zone_count)
+        target, zone = divmod(int(pairs[task]), self.zone_count)
+        random = np.random.default_rng((seed, task))
         self.tip = random.uniform(0.05, 0.95, 2)
         self.closed, self.held, self.steps = False, None, 0
-        self.set_task(
-            int(random.integers(self.object_count)),
-            int(random.integers(self.zone_count)),
-            int(random.integers(len(PHRASINGS))),
-        )
+        self.set_task(target, zone, int(random.integers(len(PHRASINGS))))
         return self._observe()
 
     def set_task(self, target: int, zone: int, phrasing: int = 0) -> None:
-        """Ask for another task in the same scene: object `target` into zone `zone`."""
+        """Ask for object `target` in zone `zone` of this scene, in one of the PHRASINGS."""
         self.target, self.zone = self.objects[target], self.zones[zone]
         words = f"{self.target.colour} {self.target.shape}"
         self.instruction = PHRASINGS[phrasing].format(object=words, zone=self.zone.colour)
@@ -145,9 +145,7 @@ class Tabletop:
         }
 
     def _draw(self, centre: np.ndarray, width: float, size: int) -> np.ndarray:
-        """The square of the table around `centre`, drawn twice as large and reduced so that edges carry sub-pixel
-        places.
-        """
+        """The square around `centre`, drawn twice as large and reduced, so that edges carry sub-pixel places."""
         scale = 2 * size / width
         image = Image.new("RGB", (2 * size, 2 * size), (60, 60, 66))
         draw = ImageDraw.Draw(image)
