@@ -1,8 +1,8 @@
 """Train a vision-language-action policy.
 
-    accelerate launch --config_file accelerate_configs/1gpu.yaml train.py --data.path data/tabletop --run_dir
-    runs/first --steps 5000 accelerate launch --config_file accelerate_configs/4gpu.yaml train.py --resume_from
-    runs/first python -m vla.rollout --policy runs/first/export --env tabletop
+    accelerate launch --config_file accelerate_configs/1gpu.yaml train.py --data.path data/tabletop --run_dir runs/first
+    accelerate launch --config_file accelerate_configs/4gpu.yaml train.py --resume_from runs/first
+    python -m vla.rollout --policy runs/first/export --env tabletop
 
 The YAML says where it runs (machines, processes, precision), the flags say what is trained. See --help.
 """

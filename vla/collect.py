@@ -66,13 +66,10 @@ def main(config: CollectConfig) -> None:
     world = sim.make(config.env)
     if config.episodes < 1:
         raise InputError(f"--episodes is {config.episodes}; expected at least 1")
-    if config.seed + 2 * config.episodes > sim.VALIDATION_SEEDS:
-        raise InputError(f"--seed {config.seed} reaches the scenes of evaluations, from {sim.VALIDATION_SEEDS} on")
-    height, width = world.reset(config.seed)["images"].shape[-2:]
     writer = LeRobotWriter(
         config.out,
         fps=world.fps,
-        cameras={name: (height, width) for name in world.cameras},
+        cameras=dict.fromkeys(world.cameras, world.image_size),
         state_names=world.state_names,
         action_names=world.action_names,
         robot_type=config.env,
@@ -85,9 +82,10 @@ def main(config: CollectConfig) -> None:
         tqdm(total=config.episodes, unit="episode") as bar,
     ):
         while kept < config.episodes:
-            wanted = (
-                config.episodes - kept
-            )  # as many again as failed, so that which seeds are recorded is the same every time
+            wanted = config.episodes - kept  # as many more as failed, in order: the same are recorded every time
+            last = config.seed + (tried + wanted - 1) // world.tasks_per_scene
+            if last >= sim.VALIDATION_SEEDS:
+                raise InputError(f"scene {last} is needed, but from {sim.VALIDATION_SEEDS} on they are for evaluations")
             for episode, success in pool.map(act, range(tried, tried + wanted), chunksize=8):
                 tried += 1
                 if success:

@@ -238,6 +238,9 @@ def from_dict(cls, data: dict, where: str):
         raise InputError(
             f"{where} has unknown entries {', '.join(unknown)}; it was written by another version of this project"
         )
+    required = {f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING}
+    if missing := sorted(required - set(data)):
+        raise InputError(f"{where} lacks {', '.join(missing)}; write it again with this version of the project")
     values = {}
     for name, value in data.items():
         if dataclasses.is_dataclass(kinds[name]):

@@ -93,8 +93,9 @@ def init_from(policy: VLAPolicy, path: Path) -> str:
 
 
 def _card(policy: VLAPolicy, summary: str) -> str:
-    config = policy.config
+    config, model = policy.config, policy.config.model
     count = sum(p.numel() for p in policy.parameters())
+    chunks = f"chunks of {model.chunk_size}, {model.n_action_steps} executed"
     return f"""---
 library_name: vla
 pipeline_tag: robotics
@@ -109,17 +110,17 @@ tags: [vision-language-action, robotics]
 | parameters | {count:,} |
 | cameras | {", ".join(config.cameras)} at {config.image_size[0]}x{config.image_size[1]} |
 | state | {", ".join(config.state_names)} |
-| actions | {", ".join(config.action_names)} at {config.fps} Hz, chunks of {config.model.chunk_size},
-{config.model.n_action_steps} executed |
-| action head | {config.model.head} |
+| actions | {", ".join(config.action_names)} at {config.fps} Hz, {chunks} |
+| action head | {model.head} |
 
 ```python
 from vla.model import VLAPolicy
 
 policy = VLAPolicy.from_pretrained("this folder")
 policy.reset()
-action = policy.select_action({{"images": images, "state": state, "instruction": "..."}})  # uint8 [N, 3, h, w],
-float32 [P] ```
+# images: uint8 [cameras, 3, height, width], state: float32 [{len(config.state_names)}]
+action = policy.select_action({{"images": images, "state": state, "instruction": "..."}})
+```
 """
 
 

@@ -119,11 +119,11 @@ def _captioned(frame: np.ndarray, instruction: str, success: bool | None) -> np.
 def check_fits(policy: PolicyConfig, env: str) -> None:
     """Raises InputError where the policy was trained on another robot than the environment has."""
     world = sim.make(env)
-    for name in ("cameras", "state_names", "action_names"):
+    for name in ("cameras", "image_size", "state_names", "action_names"):
         if tuple(getattr(policy, name)) != tuple(getattr(world, name)):
             raise InputError(
-                f"the policy's {name} are {', '.join(getattr(policy, name))}, but {env} has "
-                f"{', '.join(getattr(world, name))}; act in the environment that its data came from"
+                f"the policy's {name}: {', '.join(map(str, getattr(policy, name)))}; those of {env}: "
+                f"{', '.join(map(str, getattr(world, name)))}; act in the environment that its data came from"
             )
 
 
@@ -158,6 +158,10 @@ def main(config: RolloutConfig) -> None:
         raise InputError(
             f"--policy {config.policy} is no folder with a config.json; give an export, such as runs/NAME/export"
         )
+    if config.episodes < 1:
+        raise InputError(f"--episodes is {config.episodes}; expected at least 1")
+    for file in filter(None, (config.out, config.gif)):
+        Path(file).parent.mkdir(parents=True, exist_ok=True)  # now, and not when there is something to lose
     policy = VLAPolicy.from_pretrained(config.policy).to(config.device)
     check_fits(policy.config, config.env)
     steps = config.n_action_steps or policy.config.model.n_action_steps
@@ -191,7 +195,8 @@ def main(config: RolloutConfig) -> None:
         Path(config.out).write_text(json.dumps(result, indent=2) + "\n")
     for name, baseline in result.get("baselines", {}).items():
         print(f"{name}: {_percent(baseline)}")
-    print(f"success rate in {config.env}: {_percent(result)} on {config.episodes} scenes never seen in training")
+    scenes = "scenes never seen in training" if config.seed >= sim.TEST_SEEDS else "scenes"
+    print(f"success rate in {config.env}: {_percent(result)} on {config.episodes} {scenes}")
 
 
 def summary(episodes: list[Episode]) -> dict:

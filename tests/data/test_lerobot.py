@@ -122,7 +122,7 @@ def test_sets_of_other_writers_are_read_alike(root, tmp_path):
     np.testing.assert_array_equal(data.images(frames), expected.images(frames))
     np.testing.assert_array_equal(data.episode_to, expected.episode_to)
     assert data.instructions == ["task 0", "task 1"]
-    assert (data.state_names, data.action_names) == (["x", "y", "z"], ["action_0", "action_1"])
+    assert (data.state_names, data.action_names) == (("x", "y", "z"), ("action_0", "action_1"))
 
 
 def test_single_camera_and_single_number_state_are_read(tmp_path):

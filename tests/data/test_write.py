@@ -44,7 +44,7 @@ def test_what_is_read_equals_what_was_written_bit_for_bit(tmp_path, chunks_size,
     frames = np.arange(data.num_frames)
     assert (data.num_episodes, data.num_frames, data.fps) == (5, 28, 10)
     assert (data.cameras, data.image_size) == (("table", "gripper"), (6, 8))
-    assert (data.state_names, data.action_names) == (STATE_NAMES, ACTION_NAMES)
+    assert (data.state_names, data.action_names) == (tuple(STATE_NAMES), tuple(ACTION_NAMES))
     np.testing.assert_array_equal(data.state, np.concatenate([one["state"] for one in episodes]))
     np.testing.assert_array_equal(data.actions, np.concatenate([one["actions"] for one in episodes]))
     for n, camera in enumerate(data.cameras):

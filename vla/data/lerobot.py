@@ -94,7 +94,7 @@ class LeRobotDataset:
             raise InputError(f"{path} lacks {sorted(missing)}: {REPAIR}")
         return info
 
-    def _names(self, key: str) -> list[str]:
+    def _names(self, key: str) -> tuple[str, ...]:
         feature = self._info["features"].get(key)
         if feature is None or len(feature["shape"]) != 1:
             found = feature["shape"] if feature else f"only {sorted(self._info['features'])}"
@@ -102,7 +102,7 @@ class LeRobotDataset:
         names, dim = feature.get("names"), feature["shape"][0]
         if isinstance(names, dict) and len(names) == 1:  # {"motors": [...]}
             (names,) = names.values()
-        return [str(name) for name in names] if names and len(names) == dim else [f"{key}_{i}" for i in range(dim)]
+        return tuple(map(str, names)) if names and len(names) == dim else tuple(f"{key}_{i}" for i in range(dim))
 
     def _choose_cameras(self, wanted: tuple[str, ...]) -> tuple[dict[str, str], tuple[int, int]]:
         features, sizes = self._info["features"], {}

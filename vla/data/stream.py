@@ -18,6 +18,7 @@ from vla.data.lerobot import LeRobotDataset
 from vla.data.stats import statistics
 
 ROUNDS = 6  # of the Feistel network
+HELD_OUT = 1 << 62  # held-out samples are keyed from here on, where no training position comes
 
 
 def permute(index: Tensor, size: int, key: Tensor) -> Tensor:
@@ -112,7 +113,7 @@ class Samples(Dataset):
             "actions": torch.from_numpy(actions),
             "action_is_pad": torch.from_numpy(action_is_pad),
             "position": position,
-            "key": keyed.derive(self.seed, position),
+            "key": keyed.derive(self.seed, position if self.shuffle else position + HELD_OUT),
         }
 
 

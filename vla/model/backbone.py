@@ -30,7 +30,7 @@ def tokenize(instructions: list[str], length: int) -> tuple[Tensor, Tensor]:
         if len(ids) > length:
             raise InputError(
                 f"the instruction '{text}' has {len(ids) - 1} bytes; --model.max_tokens {length} holds {length - 1}: "
-                f"raise it to {len(ids)} or more"
+                f"raise it to {-(-len(ids) // PATCH) * PATCH} or more"
             )
         row[: len(ids)] = torch.tensor(ids)
     return tokens, tokens != PAD
@@ -43,7 +43,8 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.query, self.key_value = nn.Linear(width, width, bias=False), nn.Linear(width, 2 * width, bias=False)
-        self.query_norm, self.key_norm = nn.LayerNorm(width // heads), nn.LayerNorm(width // heads)
+        self.query_norm = nn.LayerNorm(width // heads)
+        self.key_norm = nn.LayerNorm(width // heads, bias=False)  # the softmax would cancel a bias: it could not learn
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
@@ -114,7 +115,7 @@ class VisionEncoder(nn.Module):
         width, stride = config.width, config.vision_stride
         rows, columns = image_size[0] // stride, image_size[1] // stride
         scales = stride.bit_length() - 1
-        channels = [3] + [max(16, width >> (scales - i)) for i in range(1, scales + 1)]
+        channels = [3] + [max(16, (width >> (scales - i)) // 8 * 8) for i in range(1, scales + 1)]
         layers: list[nn.Module] = []
         for before, after in itertools.pairwise(channels):
             layers += [

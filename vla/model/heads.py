@@ -32,13 +32,20 @@ class Decoder(nn.Module):
         self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, out_dim))
         nn.init.zeros_(self.out[-1].weight)  # start from the mean action
 
-    def forward(self, hidden: Tensor, mask: Tensor, state: Tensor, slots: Tensor | None = None) -> Tensor:
-        """hidden [B, S, D], mask bool [B, S], state [B, P], slots: what the slots carry, [B, H, D] -> [B, H, out]."""
+    def forward(
+        self, hidden: Tensor, mask: Tensor, state: Tensor, slots: Tensor | None = None, visible: Tensor | None = None
+    ) -> Tensor:
+        """hidden [B, S, D], mask bool [B, S], state [B, P] -> [B, H, out].
+
+        slots: what the action slots carry [B, H, D]; visible: bool [B, H], the slots that others may look at.
+        """
         x = self.slot.expand(len(state), -1, -1) if slots is None else self.slot + slots
         x = torch.cat([self.state(state)[:, None], x], dim=1)  # [B, 1 + H, D]
-        context = self.context_norm(hidden)
+        context, attend = self.context_norm(hidden), None
+        if visible is not None:
+            attend = F.pad(visible, (1, 0), value=True)[:, None, None, :]  # [B, 1, 1, 1 + H], the state always
         for block in self.blocks:
-            x = block(x, None, context, mask[:, None, None, :])
+            x = block(x, attend, context, mask[:, None, None, :])
         return self.out(x[:, 1:]).float()
 
 
@@ -90,11 +97,11 @@ class FlowHead(nn.Module):
         periods = 4e-3 * 1000 ** torch.linspace(0, 1, 32)  # of sines, from 0.004 to 4
         self.register_buffer("frequencies", 2 * torch.pi / periods, persistent=False)
 
-    def velocity(self, hidden, mask, state, noisy: Tensor, t: Tensor) -> Tensor:
+    def velocity(self, hidden, mask, state, noisy: Tensor, t: Tensor, visible: Tensor | None = None) -> Tensor:
         """noisy: [B, H, A], t: [B] in (0, 1] -> d noisy / dt, [B, H, A]."""
         angle = t[:, None] * self.frequencies
         time = self.time(torch.cat([angle.sin(), angle.cos()], dim=-1))  # [B, D]
-        return self.decoder(hidden, mask, state, self.action(noisy) + time[:, None])
+        return self.decoder(hidden, mask, state, self.action(noisy) + time[:, None], visible)
 
     def loss(
         self, hidden, mask, state, actions: Tensor, valid: Tensor, key: Tensor, scale: Normalizer
@@ -103,7 +110,8 @@ class FlowHead(nn.Module):
         t = 0.001 + 0.999 * keyed.uniform(key, keyed.FLOW_TIME) ** (1 / 1.5)  # [B]
         noise = keyed.normal(key, keyed.FLOW_NOISE, self.chunk)
         noisy = t[:, None, None] * noise + (1 - t[:, None, None]) * actions
-        error = self.velocity(hidden, mask, state, noisy, t) - (noise - actions)
+        # Slots past the end of an episode hold no action: the others must not see what stands there.
+        error = self.velocity(hidden, mask, state, noisy, t, visible=valid) - (noise - actions)
         return {"flow": sample_mean(error.square(), valid)}
 
     def sample(self, hidden, mask, state, key: Tensor, scale: Normalizer) -> Tensor:
@@ -139,7 +147,7 @@ class TokenHead(nn.Module):
         """The middle of the likeliest bin; the outermost bins mean the extremes. -> [B, H, A] in robot units."""
         best = self.decoder(hidden, mask, state).unflatten(-1, (self.action_dim, self.bins)).argmax(-1).float()
         share = torch.where(best == 0, 0.0, torch.where(best == self.bins - 1, 1.0, (best + 0.5) / self.bins))
-        return scale.low + share * (scale.high - scale.low)
+        return torch.lerp(scale.low.expand_as(share), scale.high.expand_as(share), share)
 
 
 HEADS = {"flow": FlowHead, "regression": RegressionHead, "token": TokenHead}

@@ -5,6 +5,7 @@ tokens, D width.
 """
 
 import dataclasses
+import math
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vla import InputError, keyed
-from vla.config import LossConfig, ModelConfig, from_dict
+from vla.config import MODULES, LossConfig, ModelConfig, from_dict
 from vla.model.backbone import PATCH, LanguageModel, VisionEncoder, tokenize
 from vla.model.heads import HEADS
 from vla.model.normalize import Normalizer
@@ -33,13 +34,6 @@ class PolicyConfig:
     action_names: tuple[str, ...]
     fps: int  # actions per second
 
-    def __post_init__(self):
-        # JSON has neither tuples nor dataclasses: take what config.json gives as well.
-        if isinstance(self.model, dict):
-            object.__setattr__(self, "model", from_dict(ModelConfig, self.model, "config.json"))
-        for name in ("cameras", "image_size", "state_names", "action_names"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-
 
 class VLAPolicy(nn.Module, PyTorchModelHubMixin):
     """A vision-language-action policy with three parts: vision_encoder, language_model, action_head.
@@ -52,7 +46,7 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
     is drawn from it). Raises InputError for a configuration that cannot be built, naming the flag.
     """
 
-    def __init__(self, config: PolicyConfig):
+    def __init__(self, config):  # a PolicyConfig; without the annotation the mixin leaves reading config.json to us
         super().__init__()
         self.config, model = config, config.model
         state_dim, action_dim = len(config.state_names), len(config.action_names)
@@ -67,13 +61,13 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
         self.reset()
 
     @classmethod
-    def _from_pretrained(cls, *, model_id: str, config: PolicyConfig, map_location: str = "cpu", **download):
+    def _from_pretrained(cls, *, model_id: str, config: dict, map_location: str = "cpu", **download):
         """What from_pretrained calls. Strict, where the mixin would leave unmatched weights random without a word."""
         folder = Path(model_id)
         if not folder.is_dir():
             download = {name: download.get(name) for name in ("revision", "cache_dir", "token", "local_files_only")}
             folder = Path(hf_hub_download(model_id, "model.safetensors", **download)).parent
-        policy = cls(config)
+        policy = cls(from_dict(PolicyConfig, config, str(folder / "config.json")))
         weights = load_file(folder / "model.safetensors", device=map_location)
         own = policy.state_dict()
         missing, left_over = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
@@ -168,32 +162,55 @@ def check(config: PolicyConfig) -> None:
             f"--model.vision_stride {stride} does not fit images of {height}x{width}; give a power of two "
             "that divides both"
         )
-    if model.width % (8 * model.attention_heads):
+    bounds = {
+        "attention_heads": (1, None),
+        "vision_blocks": (0, None),
+        "language_layers": (1, None),
+        "head_layers": (1, None),
+        "mlp_ratio": (1, None),
+        "chunk_size": (1, None),
+        "flow_steps": (1, None),
+        "bins": (2, None),
+        "label_smoothing": (0, 0.99),
+        "max_tokens": (2 * PATCH, None),
+    }
+    for name, (low, high) in bounds.items():
+        value = getattr(model, name)
+        if not (low <= value and (high is None or value <= high)):
+            limit = f"at least {low}" + (f" and at most {high}" if high is not None else "")
+            raise InputError(f"--model.{name} is {value}; expected {limit}")
+    if model.width % (8 * model.attention_heads) or model.width < 16:
         raise InputError(
-            f"--model.width {model.width} is no multiple of 8 x --model.attention_heads "
-            f"{model.attention_heads}; change one"
+            f"--model.width {model.width} is no multiple of 8 x --model.attention_heads {model.attention_heads}, "
+            "of at least 16; change one"
         )
-    if model.max_tokens < 8 or model.max_tokens % PATCH:
-        raise InputError(f"--model.max_tokens is {model.max_tokens}; expected a multiple of {PATCH}, at least 8")
     if not 1 <= model.n_action_steps <= model.chunk_size:
         raise InputError(
             f"--model.n_action_steps is {model.n_action_steps}; expected 1 to --model.chunk_size {model.chunk_size}"
         )
+    if model.max_tokens % PATCH:
+        raise InputError(f"--model.max_tokens is {model.max_tokens}; expected a multiple of {PATCH}")
+    if unknown := sorted(set(model.freeze) - set(MODULES)):
+        raise InputError(f"--model.freeze names {', '.join(unknown)}; the modules are {', '.join(MODULES)}")
+    if model.label_smoothing and model.head != "token":
+        raise InputError(f"--model.label_smoothing has no effect with --model.head {model.head}; leave it out")
     if wrong := [d for d in model.gripper_dims if not 0 <= d < actions]:
         raise InputError(f"--model.gripper_dims names {wrong}, but actions have the dimensions 0 to {actions - 1}")
     if model.gripper_dims and model.head != "regression":
         raise InputError(
             f"--model.gripper_dims has no effect with --model.head {model.head}; leave it out, or use regression"
         )
-    used = {"flow": {"flow"}, "token": {"ce"}, "regression": {"l1", "mse"} | ({"bce"} if model.gripper_dims else set())}
-    default = LossConfig()
-    for name in (field.name for field in dataclasses.fields(loss)):
+    used = {"flow": {"flow"}, "token": {"ce"}, "regression": set()}[model.head]
+    if model.head == "regression":
+        used |= {"bce"} if model.gripper_dims else set()
+        used |= {"l1", "mse"} if len(set(model.gripper_dims)) < actions else set()
+    for name, default in dataclasses.asdict(LossConfig()).items():
         weight = getattr(loss, name)
-        if weight < 0:
+        if not 0 <= weight < math.inf:
             raise InputError(f"--model.loss.{name} is {weight}; expected 0 or more")
-        if weight != getattr(default, name) and name not in used[model.head] | {"lm"}:
-            raise InputError(f"--model.loss.{name} has no effect with --model.head {model.head}; leave it out")
-    if not sum(getattr(loss, name) for name in used[model.head]):
-        raise InputError(f"every loss weight of --model.head {model.head} is 0, so it would learn nothing; raise one")
+        if weight != default and name not in used | {"lm"}:
+            raise InputError(f"--model.loss.{name} has no effect with --model.head {model.head} here; leave it out")
+    if not sum(getattr(loss, name) for name in used):
+        raise InputError(f"the loss weights {', '.join(sorted(used))} are all 0, so nothing is learned; raise one")
     if loss.lm and "language_model" in model.freeze:
         raise InputError("--model.loss.lm trains the language_model, which --model.freeze freezes; drop one")

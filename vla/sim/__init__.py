@@ -4,6 +4,7 @@ An environment has
 
     instruction: str              what to do, in words
     cameras: tuple[str, ...]      names, in the order of the images
+    image_size: (h, w)            of every camera, in pixels
     state_names, action_names     one name per dimension
     tasks_per_scene: int          tasks that demonstrations are given in one scene: what differs is then the words alone
     fps, max_steps                control rate in Hz; steps until an episode ends unsolved

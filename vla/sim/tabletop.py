@@ -57,7 +57,7 @@ class Tabletop:
     noise_scale = np.array([1.0, 1.0, 0.0])  # the gripper has two values: noise on it would be another action
 
     def __init__(self, image_size: int = 64, objects: int = 3, zones: int = 3):
-        self.image_size, self.object_count, self.zone_count = image_size, objects, zones
+        self.image_size, self.object_count, self.zone_count = (image_size, image_size), objects, zones
 
     def reset(self, seed: int, task: int = 0) -> dict:
         """Lay out the scene of this seed and ask for one of its tasks: the same numbers, the same everything."""
@@ -135,8 +135,8 @@ class Tabletop:
 
     def _observe(self) -> dict:
         images = [
-            self._draw(np.array([0.5, 0.5]), 1.0, self.image_size),
-            self._draw(self.tip, VIEW, self.image_size),
+            self._draw(np.array([0.5, 0.5]), 1.0, self.image_size[0]),
+            self._draw(self.tip, VIEW, self.image_size[0]),
         ]
         return {
             "images": np.stack(images).transpose(0, 3, 1, 2),

@@ -1,0 +1,618 @@
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import vla
+from vla import InputError, keyed
+from vla.config import MODULES, LossConfig, ModelConfig, OptimConfig
+from vla.data.stats import statistics
+from vla.model import PolicyConfig, VLAPolicy
+from vla.model.policy import check
+from vla.optim import parameter_groups
+
+B, H, A, P = 8, 4, 3, 2
+HEADS = {
+    "flow": {"head": "flow"},
+    "regression": {"head": "regression", "gripper_dims": (2,), "loss": LossConfig(l1=1.0, mse=0.5)},
+    "token": {"head": "token", "bins": 16},
+}
+SUBSETS = [names for count in (1, 2) for names in itertools.combinations(MODULES, count)]  # never all
+RANDOM = np.random.default_rng(0)
+STATES = RANDOM.normal([3.0, -200.0], [0.1, 50.0], (100, P)).astype(np.float32)
+ACTIONS = RANDOM.normal([0.0, 1000.0, 0.0], [0.01, 30.0, 1.0], (100, A)).astype(np.float32)  # in three units
+ACTIONS[:, 2] = ACTIONS[:, 2] > 0
+TEXTS = ["pick", "place", "put the red cube in the", "push it", "turn left", "turn right", "open the drawer", "wait"]
+
+
+def configuration(**model):
+    sizes = {"chunk_size": H, "n_action_steps": 2, "width": 32, "attention_heads": 2, "language_layers": 2}
+    sizes |= {"head_layers": 2, "mlp_ratio": 2, "max_tokens": 32, "vision_stride": 8, "flow_steps": 4}
+    return PolicyConfig(
+        ModelConfig(**sizes | model), ("table", "wrist"), (16, 24), ("x", "y"), ("dx", "dy", "grip"), 10
+    )
+
+
+def tiny(**model):
+    """A small policy with statistics. Its last layer, which starts at 0 and hides all before it, is random."""
+    torch.manual_seed(0)
+    policy = VLAPolicy(configuration(**model))
+    policy.set_statistics(state=statistics(STATES), action=statistics(ACTIONS))
+    nn.init.normal_(policy.action_head.decoder.out[-1].weight, std=0.1)
+    return policy
+
+
+def random_batch(policy, texts=tuple(TEXTS)):
+    generator, size = torch.Generator().manual_seed(1), len(texts)
+    tokens, token_mask = policy.tokenize(list(texts))
+    return {
+        "images": torch.randint(0, 256, (size, 2, 3, 16, 24), generator=generator, dtype=torch.uint8),
+        "state": torch.from_numpy(STATES[:size]).clone(),
+        "tokens": tokens,
+        "token_mask": token_mask,
+        "actions": torch.from_numpy(ACTIONS[: size * H]).view(size, H, A).clone(),
+        "action_is_pad": torch.arange(H)[None] > torch.arange(size)[:, None],
+        "key": keyed.derive(0, torch.arange(size)),
+    }
+
+
+def observation(seed=0, text="pick"):
+    random = np.random.default_rng(seed)
+    return {
+        "images": random.integers(0, 256, (2, 3, 16, 24), dtype=np.uint8),
+        "state": STATES[seed],
+        "instruction": text,
+    }
+
+
+def rows(batch, which):
+    return {name: value[which] for name, value in batch.items()}
+
+
+def span():
+    return torch.from_numpy(np.ptp(ACTIONS, axis=0))
+
+
+# ---- Learning
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("lm", [0.0, 0.1])
+def test_every_trainable_parameter_gets_gradient(head, lm):
+    model = HEADS[head]
+    loss = LossConfig(**{**vars(model.get("loss", LossConfig())), "lm": lm})
+    policy = tiny(**model | {"loss": loss})
+    policy(random_batch(policy))["loss"].backward()
+    for name, p in policy.named_parameters():
+        assert p.requires_grad, name
+        assert p.grad is not None, name
+        assert p.grad.isfinite().all(), name
+        assert (p.grad != 0).any(), name
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_every_trainable_parameter_gets_more_gradient_than_rounding_makes(head):
+    policy = tiny(**HEADS[head])
+    policy(random_batch(policy))["loss"].backward()
+    assert [name for name, p in policy.named_parameters() if p.grad.abs().max() < 1e-6] == []
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_head_overfits_one_batch_and_then_predicts_its_actions(head):
+    policy = tiny(**HEADS[head])
+    nn.init.zeros_(policy.action_head.decoder.out[-1].weight)
+    batch, steps = random_batch(policy), 200
+    batch["action_is_pad"][:] = False
+    optimizer = torch.optim.AdamW(parameter_groups(policy, OptimConfig()), betas=(0.9, 0.95))
+    losses = []
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 4e-3 * min(1, (step + 1) / 20, (steps - step) / 100)
+        batch["key"] = keyed.derive(0, torch.arange(step * B, (step + 1) * B))
+        loss = policy(batch)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    error = (policy.predict_chunk(batch) - batch["actions"]).abs() / span()
+    assert np.mean(losses[-10:]) < losses[0] / 10
+    assert error.mean() < 0.05
+    if head == "regression":
+        assert torch.equal(policy.predict_chunk(batch)[..., 2], batch["actions"][..., 2])
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("frozen", SUBSETS, ids="+".join)
+def test_frozen_parts_get_no_gradient_and_stay_bitwise_the_same_while_the_others_move(head, frozen):
+    policy = tiny(**HEADS[head], freeze=frozen)
+    before = {name: value.clone() for name, value in policy.state_dict().items()}
+    optimizer = torch.optim.AdamW(parameter_groups(policy, OptimConfig(lr=1e-2, weight_decay=0.1)))
+    for _ in range(2):
+        policy(random_batch(policy))["loss"].backward()
+        optimizer.step()
+    for name, p in policy.named_parameters():
+        if name.startswith(frozen):
+            assert not p.requires_grad, name
+            assert p.grad is None, name
+            assert torch.equal(p, before[name]), name
+        else:
+            assert not torch.equal(p, before[name]), name
+    scales = {
+        name: value for name, value in policy.state_dict().items() if name.startswith(("state_norm", "action_norm"))
+    }
+    assert all(torch.equal(value, before[name]) for name, value in scales.items())
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("frozen", SUBSETS, ids="+".join)
+def test_freezing_changes_neither_the_loss_nor_the_gradient_of_what_is_trained(head, frozen):
+    whole, part = tiny(**HEADS[head]), tiny(**HEADS[head], freeze=frozen)
+    part.load_state_dict(whole.state_dict())
+    first, second = (policy(random_batch(policy)) for policy in (whole, part))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    first["loss"].backward()
+    second["loss"].backward()
+    expected = {name: p.grad for name, p in whole.named_parameters()}
+    for name, p in part.named_parameters():
+        if not name.startswith(frozen):
+            assert torch.equal(p.grad, expected[name]), name
+
+
+@pytest.mark.parametrize("frozen", [("vision_encoder",), ("language_model",), ("vision_encoder", "language_model")])
+def test_autograd_reaches_down_to_the_lowest_trained_part_and_no_further(frozen):
+    policy, graph = tiny(freeze=frozen), {}
+    policy.vision_encoder.register_forward_hook(lambda *call: graph.update(images=call[-1].requires_grad))
+    policy.language_model.register_forward_hook(lambda *call: graph.update(hidden=call[-1][0].requires_grad))
+    policy(random_batch(policy))
+    assert graph == {"images": "vision_encoder" not in frozen, "hidden": len(frozen) == 1}
+    with torch.no_grad():
+        assert not policy(random_batch(policy))["loss"].requires_grad
+    assert graph == {"images": False, "hidden": False}
+
+
+# ---- The loss
+
+
+def test_loss_is_the_weighted_sum_of_its_terms():
+    weights = {"l1": 0.5, "mse": 2.0, "bce": 3.0, "lm": 0.25}
+    policy = tiny(head="regression", gripper_dims=(2,), loss=LossConfig(**weights))
+    output = policy(random_batch(policy))
+    assert output.keys() == {"loss", *weights}
+    torch.testing.assert_close(output["loss"], sum(weight * output[name] for name, weight in weights.items()))
+    assert output["loss"].requires_grad
+    assert not any(output[name].requires_grad for name in weights)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_loss_of_a_batch_is_the_mean_of_the_losses_of_its_samples(head):
+    policy = tiny(**HEADS[head])
+    batch = random_batch(policy)  # whose samples have between one and all steps valid
+    together = policy(batch)
+    alone = [policy(rows(batch, slice(b, b + 1))) for b in range(B)]
+    halves = [policy(rows(batch, slice(b, b + 4))) for b in (0, 4)]
+    for name in together:
+        for parts in (alone, halves):
+            torch.testing.assert_close(torch.stack([part[name] for part in parts]).mean(), together[name])
+
+
+def test_language_loss_equals_a_loop_over_the_bytes_of_each_instruction():
+    policy = tiny(loss=LossConfig(lm=1.0))
+    batch, logits = random_batch(policy), []
+    policy.language_model.next_bytes.register_forward_hook(lambda *call: logits.append(call[-1].detach()))
+    found = policy(batch)["lm"]
+    expected = []
+    for b, text in enumerate(TEXTS):
+        ids = [257, *text.encode()]
+        each = logits[0][b].view(-1, 258).log_softmax(-1)  # row 0 is of byte 4: the first patch is given
+        errors = [-each[place - 4, ids[place]].item() for place in range(4, len(ids))]
+        expected.append(sum(errors) / len(errors))
+    assert found.item() == pytest.approx(np.mean(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("byte", [1, 3, 4, 5, 11, 12, 19, 23])
+def test_language_loss_predicts_a_byte_from_nothing_but_the_patches_before_it(byte):
+    policy, logits = tiny(loss=LossConfig(lm=1.0)), []
+    policy.language_model.next_bytes.register_forward_hook(lambda *call: logits.append(call[-1].detach()))
+    text = "put the red cube in the"
+    other = text[: byte - 1] + "Q" + text[byte:]  # byte 0 is the beginning mark
+    for words in (text, other):
+        policy(random_batch(policy, [words]))
+    first, second = (each[0] for each in logits)  # [patches - 1, 4 * 258]: row p predicts patch p + 1
+    patch = byte // 4
+    torch.testing.assert_close(first[:patch], second[:patch], rtol=0, atol=1e-6)
+    assert (first[patch:6] - second[patch:6]).abs().amax(-1).gt(1e-4).all()  # all six patches of text
+
+
+def test_language_loss_depends_on_the_images():
+    policy = tiny(loss=LossConfig(lm=1.0))
+    batch = random_batch(policy)
+    changed = policy(batch | {"images": 255 - batch["images"]})["lm"]
+    assert abs(changed - policy(batch)["lm"]) > 1e-4
+    loss = policy(batch | {"images": batch["images"]})["lm"]
+    assert torch.equal(loss, policy(batch)["lm"])
+
+
+# ---- Prediction
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_padding_of_the_instruction_changes_no_prediction(head):
+    short, long = tiny(**HEADS[head], max_tokens=48), tiny(**HEADS[head], max_tokens=64)
+    weights = short.state_dict()
+    position = torch.cat([weights["language_model.position"], torch.full((4, 32), 1e3)])  # of the extra patches
+    long.load_state_dict(weights | {"language_model.position": position})
+    texts = [*TEXTS, "an instruction of 47 bytes, which is the longest"[:47], "1234567", "12345678"]
+    first, second = (policy.predict_chunk(random_batch(policy, texts)) for policy in (short, long))
+    assert ((first - second).abs() / span()).max() < 1e-5
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_prediction_of_a_sample_does_not_depend_on_its_batch(head):
+    policy = tiny(**HEADS[head])
+    batch = random_batch(policy)
+    together = policy.predict_chunk(batch)
+    alone = torch.cat([policy.predict_chunk(rows(batch, slice(b, b + 1))) for b in range(B)])
+    assert ((together - alone).abs() / span()).max() < 1e-5
+
+
+def test_prediction_is_in_the_robots_own_units():
+    policy = tiny(head="regression")
+    batch = random_batch(policy)
+    chunk = policy.predict_chunk(batch)
+    assert (chunk.shape, chunk.dtype, chunk.requires_grad) == ((B, H, A), torch.float32, False)
+    seen = []
+    policy.action_head.decoder.register_forward_hook(lambda *call: seen.append(call[-1]))
+    policy.predict_chunk(batch)
+    low, high = torch.tensor(np.quantile(ACTIONS, (0.01, 0.99), axis=0), dtype=torch.float32)
+    torch.testing.assert_close(chunk, (seen[0] + 1) / 2 * (high - low) + low, rtol=1e-5, atol=1e-6)
+    nn.init.zeros_(policy.action_head.decoder.out[-1].weight)
+    nn.init.zeros_(policy.action_head.decoder.out[-1].bias)
+    torch.testing.assert_close(policy.predict_chunk(batch), ((low + high) / 2).expand(B, H, A))
+
+
+def test_state_is_normalized_before_the_policy_sees_it():
+    policy = tiny()
+    batch, twice = random_batch(policy), tiny()
+    twice.set_statistics(state=statistics(STATES * 2), action=statistics(ACTIONS))
+    again = twice.predict_chunk(batch | {"state": batch["state"] * 2})
+    torch.testing.assert_close(again, policy.predict_chunk(batch), rtol=1e-4, atol=1e-4)
+
+
+PERTURBED = {
+    "the first camera": lambda batch: batch["images"][:, 0].bitwise_not_(),
+    "the second camera": lambda batch: batch["images"][:, 1].bitwise_not_(),
+    "the order of the cameras": lambda batch: batch["images"].copy_(batch["images"].flip(1)),
+    "the instruction": lambda batch: batch["tokens"].__setitem__((slice(None), 2), ord("z")),
+    "the state": lambda batch: batch["state"].__setitem__((slice(None), 1), -100.0),
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("part", PERTURBED)
+def test_prediction_depends_on(head, part):
+    policy = tiny(**HEADS[head])
+    out = []
+    policy.action_head.decoder.register_forward_hook(lambda *call: out.append(call[-1]))
+    for perturb in (lambda batch: None, PERTURBED[part]):
+        batch = random_batch(policy)
+        perturb(batch)
+        policy.predict_chunk(batch)
+    first, last = out[0], out[len(out) // 2]  # of each call's first pass through the head
+    assert (first - last).abs().amax((1, 2)).min() > 1e-4  # of every sample
+
+
+def test_prediction_depends_on_the_order_of_the_words():
+    policy = tiny()
+    texts = ["red in the blue", "blue in the red"]
+    batch = rows(random_batch(policy), slice(2)) | dict(
+        zip(("tokens", "token_mask"), policy.tokenize(texts), strict=True)
+    )
+    batch = {name: value if "token" in name else value[:1].expand_as(value) for name, value in batch.items()}
+    first, second = policy.predict_chunk(batch)
+    assert ((first - second).abs() / span()).max() > 1e-4
+
+
+def test_noise_of_a_flow_comes_from_the_key_alone():
+    policy = tiny()
+    batch = random_batch(policy)
+    chunk = policy.predict_chunk(batch)
+    torch.manual_seed(99)
+    assert torch.equal(policy.predict_chunk(batch), chunk)
+    other = policy.predict_chunk(batch | {"key": batch["key"] + 1})
+    assert ((other - chunk).abs() / span()).amax((1, 2)).min() > 1e-3
+
+
+# ---- Acting
+
+
+@pytest.mark.parametrize("n_action_steps", [1, 3, 4])
+def test_select_action_executes_its_steps_of_a_chunk_and_then_looks_again(monkeypatch, n_action_steps):
+    policy, chunks = tiny(n_action_steps=n_action_steps), []
+    predict = policy.predict_chunk
+
+    def recorded(batch):
+        chunks.append(predict(batch))
+        return chunks[-1]
+
+    monkeypatch.setattr(policy, "predict_chunk", recorded)
+    for turn in range(3 * n_action_steps):
+        action = policy.select_action(observation(turn))
+        assert (action.shape, action.dtype) == ((A,), np.float32)
+        assert len(chunks) == turn // n_action_steps + 1
+        np.testing.assert_array_equal(action, chunks[-1][0, turn % n_action_steps].numpy())
+    looked = policy.collate([observation(n_action_steps)], keyed.derive(0, torch.tensor([1])))
+    assert torch.equal(chunks[1], predict(looked))  # at what there was to see by then, with noise of its own
+
+
+def actions(policy, count=5):
+    return np.stack([policy.select_action(observation(turn)) for turn in range(count)])
+
+
+def test_reset_forgets_the_queue_and_the_seed_fixes_the_noise():
+    policy = tiny(n_action_steps=3)
+    first = actions(policy)  # stops within the second chunk
+    policy.reset()
+    np.testing.assert_array_equal(actions(policy), first)
+    policy.reset(seed=1)
+    assert not np.allclose(actions(policy), first)
+    policy.reset(seed=0)
+    np.testing.assert_array_equal(actions(policy), first)
+
+
+def test_collate_makes_the_batch_of_the_contract():
+    policy = tiny()
+    seen = [observation(0, "pick"), observation(1, "place")]
+    batch = policy.collate(seen, torch.tensor([5, 6]))
+    shapes = {name: (value.dtype, tuple(value.shape)) for name, value in batch.items()}
+    assert shapes == {
+        "images": (torch.uint8, (2, 2, 3, 16, 24)),
+        "state": (torch.float32, (2, P)),
+        "tokens": (torch.int64, (2, 32)),
+        "token_mask": (torch.bool, (2, 32)),
+        "key": (torch.int64, (2,)),
+    }
+    np.testing.assert_array_equal(batch["images"][1].numpy(), seen[1]["images"])
+
+
+def test_instruction_becomes_its_bytes_after_a_beginning_mark():
+    policy = tiny()
+    texts = ["pick", "Würfel 立方体 🤖"]
+    tokens, mask = policy.tokenize(texts)
+    assert mask.sum(1).tolist() == [1 + len(text.encode()) for text in texts]
+    for row, valid, text in zip(tokens, mask, texts, strict=True):
+        assert row[0] == 257
+        assert bytes(row[valid][1:].tolist()).decode() == text
+        assert (row[~valid] == 256).all()
+    chunk = policy.predict_chunk(random_batch(policy, texts))
+    assert chunk.isfinite().all()
+
+
+def test_instruction_that_does_not_fit_is_refused():
+    policy = tiny()
+    longest = "x" * 31
+    assert policy.tokenize([longest])[1].all()
+    with pytest.raises(InputError, match=r"'x{32}' has 32 bytes; --model.max_tokens 32 holds 31"):
+        policy.tokenize(["short", longest + "x"])
+    with pytest.raises(InputError, match="has 33 bytes"):  # bytes, not letters
+        policy.tokenize(["ä" * 16 + "x"])
+    with pytest.raises(InputError, match="has 40 bytes"):
+        policy.select_action(observation(text="y" * 40))
+
+
+def test_cure_for_an_instruction_that_does_not_fit_works():
+    with pytest.raises(InputError) as refusal:
+        tiny(max_tokens=8).tokenize(["x" * 20])
+    cure = int(str(refusal.value).split("raise it to ")[1].split()[0])
+    assert tiny(max_tokens=cure).tokenize(["x" * 20])[1].sum() == 21
+
+
+@pytest.mark.parametrize("part", ["state_norm", "action_norm"])
+def test_policy_without_statistics_refuses_to_act(part):
+    policy = VLAPolicy(configuration())
+    with pytest.raises(InputError, match="no normalization statistics"):
+        policy.select_action(observation())
+    other = "action_norm" if part == "state_norm" else "state_norm"
+    policy = VLAPolicy(configuration())
+    getattr(policy, other).set_statistics(statistics(STATES if other == "state_norm" else ACTIONS))
+    with pytest.raises(InputError, match="no normalization statistics"):
+        policy.predict_chunk(random_batch(policy))
+
+
+# ---- Save and load
+
+PREDICT = """
+import sys, torch
+from safetensors.torch import load_file, save_file
+from vla.model import VLAPolicy
+torch.set_num_threads(int(sys.argv[1]))
+for head in sys.argv[2:]:
+    policy = VLAPolicy.from_pretrained(head)
+    save_file({"chunk": policy.predict_chunk(load_file("batch.safetensors"))}, f"{head}.chunk")
+"""
+
+
+def test_saved_policy_predicts_the_same_to_the_bit_in_a_new_process(tmp_path):
+    policies = {head: tiny(**model) for head, model in HEADS.items()}
+    batch = random_batch(policies["flow"])
+    save_file(batch, tmp_path / "batch.safetensors")
+    for head, policy in policies.items():
+        policy.save_pretrained(tmp_path / head)
+    subprocess.run(
+        [sys.executable, "-c", PREDICT, str(torch.get_num_threads()), *HEADS],
+        env=os.environ | {"PYTHONPATH": str(Path(vla.__file__).parents[1])},
+        cwd=tmp_path,
+        check=True,
+    )
+    for head, policy in policies.items():
+        assert torch.equal(load_file(tmp_path / f"{head}.chunk")["chunk"], policy.predict_chunk(batch))
+
+
+def saved(tmp_path, **model):
+    tiny(**model).save_pretrained(tmp_path / "export")
+    return tmp_path / "export"
+
+
+def test_loaded_policy_is_whole_and_ready_to_act(tmp_path):
+    model = {"head": "regression", "gripper_dims": (2,), "freeze": ("vision_encoder",), "loss": LossConfig(lm=0.3)}
+    policy = VLAPolicy.from_pretrained(saved(tmp_path, **model))
+    original = tiny(**model)
+    assert policy.config == original.config
+    assert not policy.training
+    assert {n: p.requires_grad for n, p in policy.named_parameters()} == {
+        n: p.requires_grad for n, p in original.named_parameters()
+    }
+    expected = original.state_dict()
+    assert policy.state_dict().keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in policy.state_dict().items())
+    np.testing.assert_array_equal(actions(policy), actions(original))
+
+
+def edit_weights(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors")
+
+
+def edit_config(folder, change):
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("name", ["action_head.decoder.slot", "action_norm.high", "vision_encoder.camera"])
+def test_missing_weights_are_refused(tmp_path, name):
+    folder = saved(tmp_path)
+    edit_weights(folder, lambda weights: weights.pop(name))
+    with pytest.raises(InputError, match=rf"does not fit its config.json: missing \['{name}'\], left over nothing"):
+        VLAPolicy.from_pretrained(folder)
+
+
+def test_weights_that_are_left_over_are_refused(tmp_path):
+    folder = saved(tmp_path)
+    edit_weights(folder, lambda weights: weights.update({"language_model.extra": torch.zeros(2)}))
+    with pytest.raises(InputError, match=r"missing nothing, left over \['language_model.extra'\]"):
+        VLAPolicy.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["state_norm.offset", "action_norm.scale", "action_norm.low"])
+def test_weights_without_statistics_are_refused(tmp_path, name):
+    folder = saved(tmp_path)
+    edit_weights(folder, lambda weights: weights[name].__setitem__(0, torch.nan))
+    with pytest.raises(InputError, match="no normalization statistics"):
+        VLAPolicy.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("part", ["model", "loss"])
+def test_configuration_of_another_version_is_refused(tmp_path, part):
+    folder = saved(tmp_path)
+    edit_config(
+        folder, lambda config: (config["model"] if part == "model" else config["model"]["loss"]).update(dropout=0.1)
+    )
+    with pytest.raises(InputError, match=r"config.json has unknown entries dropout"):
+        VLAPolicy.from_pretrained(folder)
+
+
+def test_configuration_with_an_unknown_entry_at_its_top_is_refused(tmp_path):
+    folder = saved(tmp_path)
+    edit_config(folder, lambda config: config.update(action_units="mm"))
+    with pytest.raises(InputError, match=r"config.json has unknown entries action_units"):
+        VLAPolicy.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("entry", ["fps", "model", "action_names"])
+def test_configuration_that_lacks_an_entry_is_refused(tmp_path, entry):
+    folder = saved(tmp_path)
+    edit_config(folder, lambda config: config.pop(entry))
+    with pytest.raises(InputError, match=entry):
+        VLAPolicy.from_pretrained(folder)
+
+
+# ---- Configurations that cannot be built
+
+WRONG = {
+    "a stride that is no power of two": ({"vision_stride": 6}, "--model.vision_stride 6 does not fit images of 16x24"),
+    "a stride that divides one side only": (
+        {"vision_stride": 16},
+        "--model.vision_stride 16 does not fit images of 16x24",
+    ),
+    "a stride of one": ({"vision_stride": 1}, "--model.vision_stride 1 does not fit"),
+    "a width that heads do not divide": (
+        {"width": 40},
+        "--model.width 40 is no multiple of 8 x --model.attention_heads 2",
+    ),
+    "tokens that patches do not divide": ({"max_tokens": 30}, "--model.max_tokens is 30; expected a multiple of 4"),
+    "too few tokens": ({"max_tokens": 4}, "--model.max_tokens is 4; .* at least 8"),
+    "no step of a chunk": ({"n_action_steps": 0}, "--model.n_action_steps is 0; expected 1 to --model.chunk_size 4"),
+    "more steps than a chunk has": (
+        {"n_action_steps": 5},
+        "--model.n_action_steps is 5; expected 1 to --model.chunk_size 4",
+    ),
+    "a gripper that is no action": (
+        {"head": "regression", "gripper_dims": (1, 3)},
+        r"--model.gripper_dims names \[3\], but actions have the dimensions 0 to 2",
+    ),
+    "a gripper counted from the end": (
+        {"head": "regression", "gripper_dims": (-1,)},
+        r"--model.gripper_dims names \[-1\]",
+    ),
+    "a gripper without regression": (
+        {"gripper_dims": (2,)},
+        "--model.gripper_dims has no effect with --model.head flow",
+    ),
+    "a weight below zero": ({"loss": LossConfig(flow=-1)}, "--model.loss.flow is -1; expected 0 or more"),
+    "a weight of another head": ({"loss": LossConfig(mse=1)}, "--model.loss.mse has no effect with --model.head flow"),
+    "a weight of a gripper that is not there": (
+        {"head": "regression", "loss": LossConfig(bce=2)},
+        "--model.loss.bce has no effect with --model.head regression",
+    ),
+    "no weight at all": ({"loss": LossConfig(flow=0)}, "the loss weights flow are all 0"),
+    "nothing but language": ({"head": "token", "loss": LossConfig(ce=0, lm=1)}, "the loss weights ce are all 0"),
+    "language of a frozen model": (
+        {"loss": LossConfig(lm=1), "freeze": ("language_model",)},
+        "--model.loss.lm trains the language_model, which --model.freeze freezes",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_policy_that_cannot_be_built_is_refused_naming_the_flag(wrong):
+    model, told = WRONG[wrong]
+    for build in (VLAPolicy, check):
+        with pytest.raises(InputError, match=told):
+            build(configuration(**model))
+
+
+UNCHECKED = {
+    "no flow step: noise is what it does": {"flow_steps": 0},
+    "one bin: it learns nothing": {"head": "token", "bins": 1},
+    "no bin: fails in the first step": {"head": "token", "bins": 0},
+    "smoothing above one: fails in the first step": {"head": "token", "label_smoothing": 2.0},
+    "smoothing below zero": {"head": "token", "label_smoothing": -0.1},
+    "smoothing without bins: no effect": {"head": "flow", "label_smoothing": 0.1},
+    "no attention head: ZeroDivisionError": {"attention_heads": 0},
+    "a width of 8: fails in the first step": {"width": 8, "attention_heads": 1},
+    "an unknown part to freeze: AttributeError": {"freeze": ("head",)},
+    "only grippers and no weight for them: it learns nothing": {
+        "head": "regression",
+        "gripper_dims": (0, 1, 2),
+        "loss": LossConfig(bce=0.0),
+    },
+    "a weight that is no number": {"loss": LossConfig(flow=float("nan"))},
+}
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("wrong", UNCHECKED)
+def test_policy_that_cannot_learn_or_act_is_refused_before_the_first_step(wrong):
+    with pytest.raises(InputError):
+        VLAPolicy(configuration(**UNCHECKED[wrong]))

@@ -1,0 +1,541 @@
+"""The commands around a trained policy: act with it, record what it learns from, carry its weights in and out."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from vla import InputError, collect, rollout, sim
+from vla.config import ModelConfig
+from vla.data.lerobot import LeRobotDataset
+from vla.data.stats import statistics
+from vla.export import export, init_from
+from vla.model import PolicyConfig, VLAPolicy
+from vla.rollout import RolloutConfig, check_fits, interval
+from vla.sim.tabletop import STEP, Tabletop
+
+VALUES = np.random.default_rng(0).uniform(-1, 1, (50, 3)).astype(np.float32)
+
+
+def tiny(seed=0, image_size=(64, 64), **model):
+    """A small policy for the table, which knows nothing but does something."""
+    torch.manual_seed(seed)
+    sizes = {"chunk_size": 8, "width": 32, "attention_heads": 2, "language_layers": 1, "head_layers": 1}
+    config = ModelConfig(**sizes | {"mlp_ratio": 2, "flow_steps": 2} | model)
+    names = (Tabletop.cameras, image_size, Tabletop.state_names, Tabletop.action_names)
+    policy = VLAPolicy(PolicyConfig(config, *names, Tabletop.fps)).eval()
+    policy.set_statistics(state=statistics(VALUES), action=statistics(VALUES))
+    nn.init.normal_(policy.action_head.decoder.out[-1].weight, std=0.3)
+    return policy
+
+
+# ---- Acting
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 128])
+def test_expert_solves_every_episode_in_whatever_batch(batch_size):
+    seeds = list(range(sim.TEST_SEEDS, sim.TEST_SEEDS + 20))
+    episodes = rollout.rollout("expert", "tabletop", seeds, batch_size=batch_size)
+    assert [episode.seed for episode in episodes] == seeds
+    assert all(episode.success for episode in episodes)
+    assert rollout.summary(episodes)["success_rate"] == 1.0
+    for episode in episodes:
+        world = Tabletop()
+        world.reset(episode.seed)
+        assert episode.instruction == world.instruction
+        assert not any(world.step(world.expert())[1] for _ in range(episode.steps - 1))
+        assert world.step(world.expert())[1]
+
+
+def chunks_of(policy, seeds, batch_size):
+    """Episodes, and every chunk that the policy predicted in them by its key."""
+    chunks, predict = {}, policy.predict_chunk
+
+    def recorded(batch):
+        found = predict(batch)
+        chunks.update(zip(batch["key"].tolist(), found, strict=True))
+        return found
+
+    policy.predict_chunk = recorded
+    episodes = rollout.rollout(policy, "tabletop", seeds, batch_size=batch_size)
+    policy.predict_chunk = predict
+    return [(e.seed, e.instruction, e.success, e.steps) for e in episodes], chunks
+
+
+def test_episodes_of_a_policy_do_not_depend_on_the_batch_that_they_run_in():
+    policy, seeds = tiny(), [1_000_000, 1_000_001, 5, 1_000_003, 1_000_004]
+    expected, chunks = chunks_of(policy, seeds, batch_size=1)
+    assert len(chunks) == 5 * 5  # of 8 steps each, so no two keys are equal
+    for batch_size in (2, 5):
+        episodes, found = chunks_of(policy, seeds, batch_size)
+        assert episodes == expected
+        assert found.keys() == chunks.keys()
+        for key, chunk in chunks.items():
+            torch.testing.assert_close(found[key], chunk, rtol=1e-3, atol=1e-3)
+
+
+class Counting:
+    """An environment that is solved by the actions seed + 0, seed + 1, … alone, in 1 to 5 steps by its seed."""
+
+    def reset(self, seed):
+        self.seed, self.count, self.good, self.instruction = seed, 0, True, f"count from {seed}"
+        return {"next": seed}
+
+    def step(self, action):
+        self.good &= action[0] == self.seed + self.count
+        self.count += 1
+        done = self.count == self.seed % 5 + 1
+        return {"next": self.seed + self.count}, bool(self.good and done), done
+
+    def render(self):
+        return np.full((2, 2, 3), self.count, np.uint8)
+
+
+class Counter:
+    """A policy that counts on from each observation, in chunks of which two actions are executed."""
+
+    config = SimpleNamespace(model=SimpleNamespace(n_action_steps=2))
+
+    def collate(self, observations, key):
+        return [observation["next"] for observation in observations]
+
+    def predict_chunk(self, batch):
+        return torch.tensor([[[start], [start + 1], [-1]] for start in batch], dtype=torch.float32)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 11])
+def test_every_world_gets_the_actions_predicted_for_it_while_others_end(monkeypatch, batch_size):
+    monkeypatch.setattr(sim, "make", lambda name: Counting())
+    seeds = [0, 4, 3, 14, 11, 20, 7, 8, 29, 33, 41]
+    episodes = rollout.rollout(Counter(), "counting", seeds, batch_size=batch_size, record=4)
+    assert [(e.seed, e.instruction) for e in episodes] == [(seed, f"count from {seed}") for seed in seeds]
+    assert all(episode.success for episode in episodes)
+    assert [episode.steps for episode in episodes] == [seed % 5 + 1 for seed in seeds]
+    for episode in episodes[:4]:
+        assert [frame[0, 0, 0] for frame in episode.frames] == list(range(episode.steps + 1))
+    assert not any(episode.frames for episode in episodes[4:])
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_see_changes_what_the_policy_sees_of_an_episode_and_not_the_world(monkeypatch, batch_size):
+    monkeypatch.setattr(sim, "make", lambda name: Counting())
+    wrong = {1: 1, 3: -5}  # what is added to the observations of these episodes, by their place among the seeds
+
+    def see(episode, seen):
+        return {"next": seen["next"] + wrong.get(episode, 0)}
+
+    episodes = rollout.rollout(Counter(), "counting", [8, 9, 23, 34, 2], batch_size, see=see)
+    assert [episode.success for episode in episodes] == [True, False, True, False, True]
+    assert [episode.instruction for episode in episodes] == [f"count from {seed}" for seed in (8, 9, 23, 34, 2)]
+
+
+def test_untrained_policy_solves_next_to_nothing():
+    episodes = rollout.rollout(tiny(), "tabletop", list(range(sim.TEST_SEEDS, sim.TEST_SEEDS + 20)))
+    assert rollout.summary(episodes)["success_rate"] <= 0.1
+    assert all(episode.steps == Tabletop.max_steps or episode.success for episode in episodes)
+
+
+@pytest.mark.parametrize(
+    ("successes", "episodes", "expected"),
+    [(8, 10, (0.490, 0.943)), (0, 10, (0.0, 0.278)), (10, 10, (0.722, 1.0)), (50, 100, (0.404, 0.596))],
+)
+def test_interval_equals_published_values_of_wilson(successes, episodes, expected):
+    low, high = interval(successes, episodes)
+    assert (round(low, 3), round(high, 3)) == expected
+    assert 0 <= low <= successes / episodes <= high + 1e-12
+    assert high <= 1
+
+
+def test_recorded_episodes_stand_side_by_side_until_the_last_ends_and_show_how_they_ended():
+    lengths, successes = (1, 4, 2), (True, False, True)
+    frames = [[np.full((12, 18, 3), 10 * n + i, np.uint8) for i in range(n)] for n in lengths]
+    episodes = [rollout.Episode(0, "go", s, frames=f) for s, f in zip(successes, frames, strict=True)]
+    video = rollout.grid(episodes)
+    height, width = (size // 2 for size in video.shape[1:3])  # of one episode's picture, two in a row and a column
+    assert video.dtype == np.uint8
+    assert len(video) == 4 + 5
+    inside = video[:, height - 10 :: height, 10::width, 0].reshape(9, 4)
+    assert inside[:6].tolist() == [[10, 40, 20, 0], [10, 41, 21, 0], [10, 42, 21, 0], *[[10, 43, 21, 0]] * 3]
+    edges = video[:, ::height, ::width].reshape(9, 4, 3).astype(int)
+    for episode, length in enumerate(lengths):
+        red, green, _ = edges[length:, episode].T
+        assert ((green > red + 50) if successes[episode] else (red > green + 50)).all()
+        assert (np.ptp(edges[:length, episode], axis=1) < 20).all()  # grey until it has ended
+
+
+def test_demonstrations_validation_and_tests_take_their_scenes_apart():
+    assert RolloutConfig(policy="", env="tabletop").seed == sim.TEST_SEEDS
+    demonstrations = collect.CollectConfig(env="tabletop", out="")
+    assert demonstrations.seed == sim.DEMONSTRATION_SEEDS
+    first, evaluations, tests = sim.DEMONSTRATION_SEEDS, sim.VALIDATION_SEEDS, sim.TEST_SEEDS
+    assert first + demonstrations.episodes < evaluations < evaluations + 100_000 < tests
+
+
+@pytest.mark.parametrize("seed", [sim.TEST_SEEDS, sim.VALIDATION_SEEDS, sim.VALIDATION_SEEDS - 1])
+def test_demonstrations_of_evaluation_scenes_are_refused(tmp_path, seed):
+    with pytest.raises(InputError, match=r"scene [0-9]+ is needed, but from 500000 on they are for evaluations"):
+        collect.main(collect.CollectConfig("tabletop", str(tmp_path / "set"), 5, seed, workers=1))
+    assert not list(tmp_path.iterdir())
+
+
+OTHER_ROBOTS = {
+    "cameras": ("gripper", "table"),
+    "state_names": ("tip_x", "tip_y"),
+    "action_names": ("dx", "dy", "dz"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_ROBOTS)
+def test_policy_of_another_robot_is_refused(name):
+    check_fits(tiny().config, "tabletop")
+    other = replace(tiny().config, **{name: OTHER_ROBOTS[name]})
+    with pytest.raises(InputError, match=f"{name}: {', '.join(OTHER_ROBOTS[name])}; those of tabletop: "):
+        check_fits(other, "tabletop")
+
+
+def test_policy_of_another_image_size_is_refused():
+    with pytest.raises(InputError, match="image_size: 96, 96; those of tabletop: 64, 64"):
+        check_fits(tiny(image_size=(96, 96)).config, "tabletop")
+
+
+# ---- python -m vla.rollout
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rollout") / "export"
+    tiny().save_pretrained(folder)
+    return folder
+
+
+def test_command_writes_results_and_a_moving_picture(exported, tmp_path, capsys):
+    out, gif = tmp_path / "result.json", tmp_path / "episodes.gif"
+    rollout.main(RolloutConfig(str(exported), "tabletop", episodes=3, out=str(out), gif=str(gif), device="cpu"))
+    result = json.loads(out.read_text())
+    seeds = [1_000_000, 1_000_001, 1_000_002]
+    assert (result["episodes"], result["seeds"], result["env"]) == (3, seeds, "tabletop")
+    assert (result["policy"], result["n_action_steps"]) == (str(exported), 8)
+    assert result["success_rate"] == sum(result["successes"]) / 3
+    assert result["interval"] == list(interval(sum(result["successes"]), 3))
+    worlds = [Tabletop() for _ in seeds]
+    instructions = [world.reset(seed)["instruction"] for world, seed in zip(worlds, seeds, strict=True)]
+    assert result["instructions"].keys() == set(instructions)
+    assert sum(each["episodes"] for each in result["instructions"].values()) == 3
+    assert f"success rate in tabletop: {100 * result['success_rate']:.1f} %" in capsys.readouterr().out
+    with Image.open(gif) as picture:
+        assert picture.format == "GIF"
+        assert picture.n_frames > 1
+        assert picture.width >= 2 * 192  # three episodes, two of them side by side
+
+
+def test_command_takes_other_steps_of_a_chunk(exported, tmp_path):
+    out = tmp_path / "result.json"
+    options = {"seed": 7, "n_action_steps": 3, "out": str(out), "device": "cpu"}
+    rollout.main(RolloutConfig(str(exported), "tabletop", episodes=2, **options))
+    result = json.loads(out.read_text())
+    assert (result["seeds"], result["n_action_steps"]) == ([7, 8], 3)
+    with pytest.raises(InputError, match=r"--model.n_action_steps is 9; expected 1 to --model.chunk_size 8"):
+        rollout.main(RolloutConfig(str(exported), "tabletop", n_action_steps=9, device="cpu"))
+
+
+def test_baselines_are_the_expert_an_untrained_policy_and_this_one_blinded_or_misled(exported, tmp_path, monkeypatch):
+    seen, collate = set(), VLAPolicy.collate
+
+    def recorded(policy, observations, key):
+        for each in observations:
+            weights = "exported" if torch.equal(policy.vision_encoder.camera, tiny().vision_encoder.camera) else "new"
+            seen.add((weights, tuple(each["state"]), each["instruction"], bool(each["images"].any())))
+        return collate(policy, observations, key)
+
+    monkeypatch.setattr(VLAPolicy, "collate", recorded)
+    out = tmp_path / "result.json"
+    rollout.main(RolloutConfig(str(exported), "tabletop", 2, baselines=True, out=str(out), device="cpu"))
+    scenes = [Tabletop().reset(sim.TEST_SEEDS + i) for i in range(2)]
+    starts, words = [tuple(scene["state"]) for scene in scenes], [scene["instruction"] for scene in scenes]
+    for start, own, other in zip(starts, words, reversed(words), strict=True):
+        assert {(weights, text, sighted) for weights, state, text, sighted in seen if state == start} == {
+            ("exported", own, True),
+            ("exported", own, False),
+            ("exported", other, True),
+            ("new", own, True),
+        }
+    baselines = json.loads(out.read_text())["baselines"]
+    assert len(baselines) == 4
+    assert baselines["expert"] == {"success_rate": 1.0, "interval": list(interval(2, 2))}
+    assert baselines["untrained"]["success_rate"] < 1
+
+
+def test_summary_counts_by_instruction():
+    episodes = [rollout.Episode(s, text, s > 1, steps=s) for s, text in enumerate(["b", "a", "b", "b"])]
+    summary = rollout.summary(episodes)
+    assert summary["success_rate"] == 0.5
+    assert summary["mean_steps"] == 1.5
+    assert (summary["seeds"], summary["successes"]) == ([0, 1, 2, 3], [False, False, True, True])
+    assert summary["instructions"] == {
+        "a": {"success_rate": 0.0, "episodes": 1},
+        "b": {"success_rate": 2 / 3, "episodes": 3},
+    }
+
+
+@pytest.mark.parametrize("policy", ["nothing/at/all", "file", "empty"])
+def test_what_is_no_policy_is_refused(tmp_path, monkeypatch, policy):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("mine")
+    Path("empty").mkdir()
+    with pytest.raises(InputError, match=f"--policy {policy} is no folder with a config.json"):
+        rollout.main(RolloutConfig(policy, "tabletop"))
+
+
+@pytest.mark.parametrize(
+    "options", [{"out": "missing/result.json"}, {"gif": "missing/it.gif"}, {"episodes": 0}], ids=str
+)
+def test_options_that_cannot_work_are_refused_or_made_to_work(exported, tmp_path, monkeypatch, options):
+    monkeypatch.chdir(tmp_path)
+    try:
+        rollout.main(RolloutConfig(str(exported), "tabletop", **{"episodes": 1, "device": "cpu", **options}))
+    except InputError:
+        return
+    assert (tmp_path / "missing").is_dir()
+
+
+# ---- python -m vla.collect
+
+
+def collected(folder, **options):
+    collect.main(collect.CollectConfig("tabletop", str(folder), **options))
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def test_number_of_workers_changes_nothing_of_what_is_recorded(tmp_path, capsys):
+    options = {"episodes": 10, "noise": 1.0, "seed": 3}
+    first, second = (collected(tmp_path / str(workers), workers=workers, **options) for workers in (1, 2))
+    assert first.keys() == second.keys()
+    assert all(content == second[name] for name, content in first.items())
+    data = LeRobotDataset(tmp_path / "1")
+    assert (data.num_episodes, data.cameras, data.image_size, data.fps) == (10, Tabletop.cameras, (64, 64), 10)
+    assert (tuple(data.state_names), tuple(data.action_names)) == (Tabletop.state_names, Tabletop.action_names)
+    left_out = int(capsys.readouterr().out.split("(")[1].split()[0])
+    assert left_out > 0  # so that failed episodes were replaced, by the same ones both times
+
+
+def numbers(count):
+    """Scenes' seeds and tasks, in the order in which they are demonstrated."""
+    return [(number, *divmod(number, Tabletop.tasks_per_scene)) for number in range(count)]
+
+
+def test_demonstration_without_noise_is_what_the_expert_does():
+    for number, scene, task in numbers(6):
+        episode, success = collect.demonstrate("tabletop", 0.0, 40, number)
+        world = Tabletop()
+        observation = world.reset(40 + scene, task)
+        assert success
+        assert episode["instruction"] == world.instruction
+        for turn, action in enumerate(episode["actions"]):
+            np.testing.assert_array_equal(episode["state"][turn], observation["state"])
+            np.testing.assert_array_equal(action, world.expert())
+            for camera, image in zip(world.cameras, observation["images"], strict=True):
+                np.testing.assert_array_equal(episode["images"][camera][turn], image)
+            observation, success, done = world.step(action)
+        assert (success, done) == (True, True)
+
+
+def test_demonstrations_record_the_experts_actions_and_not_their_noise():
+    for number, _, _ in numbers(10):
+        episode, _ = collect.demonstrate("tabletop", 0.3, 0, number)
+        actions, state = episode["actions"], episode["state"].astype(np.float64)
+        assert np.abs(actions[:, :2]).max() <= 1
+        assert set(actions[:, 2]) == {0, 1}
+        np.testing.assert_array_equal(state[1:, 2], actions[:-1, 2])  # the gripper does as it is told
+        executed = np.diff(state[:, :2], axis=0) / STEP
+        assert np.abs(executed - actions[:-1, :2]).mean() > 0.05
+        np.testing.assert_array_equal(actions, collect.demonstrate("tabletop", 0.3, 0, number)[0]["actions"])
+
+
+def test_noise_differs_between_the_tasks_of_a_scene_and_between_scenes():
+    moved = []
+    for number, _, _ in numbers(8):
+        episode, _ = collect.demonstrate("tabletop", 0.3, 0, number)
+        moved.append(tuple(np.diff(episode["state"][:2, :2], axis=0)[0] / STEP - episode["actions"][0, :2]))
+    assert len(set(moved)) == 8
+
+
+def test_noise_that_the_expert_cannot_overcome_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"the expert solved \d of \d+ episodes with --noise 20.0; lower it"):
+        collected(tmp_path / "set", episodes=20, noise=20.0, workers=1)
+    assert not (tmp_path / "set").exists()
+    with pytest.raises(InputError, match="--episodes is 0; expected at least 1"):
+        collected(tmp_path / "set", episodes=0)
+
+
+# ---- Weights on their way in
+
+
+def weights_of(policy):
+    return {name: value.clone() for name, value in policy.state_dict().items()}
+
+
+def is_statistic(name):
+    return name.startswith(("state_norm.", "action_norm."))
+
+
+def assert_same_weights(policy, other):
+    expected = other.state_dict()
+    assert all(
+        torch.equal(value, expected[name]) for name, value in policy.state_dict().items() if not is_statistic(name)
+    )
+
+
+WRAPPERS = ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model.", "policy."]
+
+
+@pytest.mark.parametrize("prefix", WRAPPERS)
+@pytest.mark.parametrize("form", ["state_dict.pt", "nested.pt", "weights.safetensors", "folder"])
+def test_weights_of_the_same_policy_are_taken_whole_whatever_wrapped_them(tmp_path, form, prefix):
+    policy, other, path = tiny(seed=1), tiny(seed=2), tmp_path / form
+    named = {prefix + name: value for name, value in weights_of(other).items()}
+    if form == "state_dict.pt":
+        torch.save(named, path)
+    elif form == "nested.pt":
+        torch.save({"state_dict": named, "epoch": 3}, path)
+    elif form == "weights.safetensors":
+        save_file(named, path)
+    else:
+        path.mkdir()
+        save_file(named, path / "model.safetensors")
+    count = sum(not is_statistic(name) for name in policy.state_dict())
+    assert init_from(policy, path) == f"--init_from {path}: {count} tensors matched, 0 missing, 0 left over"
+    assert_same_weights(policy, other)
+
+
+def test_statistics_stay_those_of_the_new_data(tmp_path):
+    policy, other = tiny(seed=1), tiny(seed=2)
+    other.set_statistics(state=statistics(VALUES * 9), action=statistics(VALUES * 9))
+    other.save_pretrained(tmp_path / "export")
+    before = weights_of(policy)
+    init_from(policy, tmp_path / "export")
+    after = policy.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before if is_statistic(name))
+    assert sum(map(is_statistic, before)) == 8
+    assert_same_weights(policy, other)
+
+
+def test_what_matched_was_missing_and_left_over_is_counted(tmp_path):
+    policy, other = tiny(seed=1, chunk_size=16), tiny(seed=2)  # another horizon: the action slots differ in shape
+    given = weights_of(other)
+    del given["vision_encoder.camera"]
+    given |= {f"old.{i}": torch.zeros(1) for i in range(6)}
+    torch.save(given, tmp_path / "weights.pt")
+    before, count = weights_of(policy), sum(not is_statistic(name) for name in policy.state_dict())
+    told = init_from(policy, tmp_path / "weights.pt")
+    assert f"{count - 2} tensors matched" in told
+    assert "2 missing (action_head.decoder.slot, vision_encoder.camera)" in told
+    assert "7 left over (action_head.decoder.slot, old.0, old.1, old.2, old.3 …)" in told
+    for name, value in policy.state_dict().items():
+        kept = name in ("action_head.decoder.slot", "vision_encoder.camera") or is_statistic(name)
+        assert torch.equal(value, before[name] if kept else given[name]), name
+
+
+def test_backbone_is_taken_from_a_policy_with_another_head(tmp_path):
+    policy, other = tiny(seed=1, head="token", bins=8), tiny(seed=2)
+    other.save_pretrained(tmp_path / "export")
+    init_from(policy, tmp_path / "export")
+    assert_same_weights(policy.vision_encoder, other.vision_encoder)
+    assert_same_weights(policy.language_model, other.language_model)
+
+
+def test_weights_that_fit_nowhere_are_refused_and_change_nothing(tmp_path):
+    policy = tiny()
+    before = weights_of(policy)
+    statistic = {name: value for name, value in before.items() if is_statistic(name)}
+    for number, given in enumerate([{"encoder.weight": torch.zeros(3)}, statistic, {}]):
+        torch.save(given, tmp_path / f"{number}.pt")
+        with pytest.raises(InputError, match=rf"{number}.pt: none of its \d tensors fits the policy by name and shape"):
+            init_from(policy, tmp_path / f"{number}.pt")
+    assert all(torch.equal(value, before[name]) for name, value in policy.state_dict().items())
+
+
+@dataclass
+class Payload:
+    """Makes a folder if it is unpickled."""
+
+    folder: str
+
+    def __reduce__(self):
+        return Path.mkdir, (Path(self.folder),)
+
+
+@pytest.mark.parametrize("place", ["beside the weights", "alone"])
+def test_code_in_a_pickle_is_refused_and_does_not_run(tmp_path, place):
+    payload, policy = Payload(str(tmp_path / "it ran")), tiny()
+    torch.save({**weights_of(policy), "code": payload} if place == "beside the weights" else payload, tmp_path / "w.pt")
+    with pytest.raises(InputError, match=r"w.pt cannot be read as weights alone"):
+        init_from(policy, tmp_path / "w.pt")
+    assert not (tmp_path / "it ran").exists()
+    torch.load(tmp_path / "w.pt", weights_only=False)
+    assert (tmp_path / "it ran").exists()  # it would have run
+
+
+def test_what_holds_no_weights_is_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.pt").write_text("mine")
+    (tmp_path / "text.safetensors").write_text("mine")
+    torch.save([torch.zeros(2)], tmp_path / "list.pt")
+    torch.save({"step": 3}, tmp_path / "numbers.pt")
+    for name, told in {
+        "nothing": "is neither an export folder nor a file of weights",
+        "empty": "is neither an export folder nor a file of weights",
+        "text.pt": "cannot be read as weights alone",
+        "text.safetensors": "cannot be read as weights alone",
+        "list.pt": "holds no state_dict",
+        "numbers.pt": "holds no state_dict",
+    }.items():
+        with pytest.raises(InputError, match=f"--init_from .*{name} {told}"):
+            init_from(tiny(), tmp_path / name)
+
+
+# ---- and on their way out
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A folder as a checkpoint is: a policy, and averaged weights of what was trained."""
+    policy, average = tiny(seed=1), tiny(seed=2)
+    policy.save_pretrained(tmp_path / "step")
+    trained = {n: value for n, value in weights_of(average).items() if n.startswith("action_head")}
+    save_file(trained, tmp_path / "step/ema.safetensors")
+    return tmp_path / "step"
+
+
+def test_export_holds_the_averaged_weights_and_replaces_the_folder_whole(checkpoint, tmp_path):
+    out = tmp_path / "export"
+    out.mkdir()
+    (out / "old.txt").write_text("of an earlier export")
+    export(checkpoint, out, "Trained for 7 steps.")
+    assert {file.name for file in out.iterdir()} == {"config.json", "model.safetensors", "README.md"}
+    assert {file.stat().st_mode & 0o777 for file in out.iterdir()} == {0o644}
+    assert not [file for file in tmp_path.iterdir() if file.name.startswith(".")]
+    policy = VLAPolicy.from_pretrained(out)
+    assert policy.config == tiny().config
+    for part, seed in (("action_head", 2), ("vision_encoder", 1), ("language_model", 1)):
+        assert_same_weights(getattr(policy, part), getattr(tiny(seed=seed), part))
+    assert torch.equal(policy.action_norm.low, tiny().action_norm.low)
+    assert "Trained for 7 steps." in (out / "README.md").read_text()
+    assert load_file(checkpoint / "model.safetensors").keys() == load_file(out / "model.safetensors").keys()
+
+
+def test_model_card_is_sound_markdown(checkpoint, tmp_path):
+    export(checkpoint, tmp_path / "export", "Trained for 7 steps.")
+    lines = (tmp_path / "export/README.md").read_text().splitlines()
+    table = [number for number, line in enumerate(lines) if line.startswith("|")]
+    assert table == list(range(table[0], table[-1] + 1))
+    assert all(line.endswith("|") for line in lines if line.startswith("|"))
+    assert [line for line in lines if "```" in line] == ["```python", "```"]
+    code = "\n".join(lines[lines.index("```python") + 1 : lines.index("```")])
+    compile(code, "README.md", "exec")
