@@ -27,7 +27,7 @@ demo: .venv/ready
 	$(BIN)/python -m vla.collect tabletop --out data/demo --episodes 1600
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml train.py --data.path data/demo --run_dir runs/demo \
 		--steps 4200 $(DEMO_OPTIM) $(DEMO_POLICY) $(DEMO_HEAD) \
-		--data.workers 1 --eval.every 1400 --eval.env tabletop --checkpoint.every 1400
+		--data.workers 1 --eval.every 700 --eval.env tabletop --checkpoint.every 700
 	$(BIN)/python -m vla.rollout --policy runs/demo/export --env tabletop --episodes 100 --baselines \
 		--out runs/demo/rollout.json --gif runs/demo/rollout.gif
 	@echo "results: runs/demo/rollout.json   pictures: runs/demo/rollout.gif"

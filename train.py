@@ -59,8 +59,7 @@ def main(config: configuration.TrainConfig) -> None:
     if config.eval.env:
         rollout.check_fits(policy.config, config.eval.env)
 
-    # ---- Accelerator. The loader is not prepared: its order is arithmetic (vla/data/stream.py). Neither is the
-    # schedule.
+    # ---- Accelerator. It does not get the loader, whose order is arithmetic (vla/data/stream.py), nor the schedule.
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
     accelerator = Accelerator(gradient_accumulation_steps=accumulation, project_dir=run_dir, kwargs_handlers=[ddp])
     if accelerator.gradient_accumulation_steps != accumulation:
@@ -77,14 +76,8 @@ def main(config: configuration.TrainConfig) -> None:
     ema = EMA(policy, config.optim.ema) if config.optim.ema else None
 
     # ---- Resume: one integer places the data, the learning rate and the logs.
-    state = {
-        "step": 0,
-        "best": None,
-        "best_step": None,
-        "evaluations_since_best": 0,
-        "skipped_updates": 0,
-        "seconds": 0.0,
-    }
+    state = {"step": 0, "best": None, "best_step": None, "evaluations_since_best": 0}
+    state |= {"skipped_updates": 0, "seconds": 0.0}
     if resuming:
         found = checkpoint.find_together(accelerator, config.resume_from, checkpoints)
         state |= checkpoint.load(accelerator, found, ema)
@@ -119,19 +112,22 @@ def main(config: configuration.TrainConfig) -> None:
                     log.video(step, "rollout", rollout.grid(recorded), data.fps)
         log.metrics(step, values)
         value, sign = values[f"eval/{config.eval.metric}"], -1 if config.eval.metric == "success" else 1
-        if state["best"] is not None and not sign * value < sign * state["best"] - config.eval.min_delta:
-            state["evaluations_since_best"] += 1
-            return False
-        state.update(best=value, best_step=step, evaluations_since_best=0)
-        return True
+        better = state["best"] is None or sign * value < sign * state["best"] - config.eval.min_delta
+        if better and math.isfinite(value):
+            state.update(best=value, best_step=step, evaluations_since_best=0)
+            return True
+        state["evaluations_since_best"] += 1
+        return False
+
+    def out_of_patience() -> bool:
+        return 0 < config.eval.patience <= state["evaluations_since_best"]
 
     # ---- The loop. One turn is one optimizer step, from positions [step · G, (step + 1) · G) of the stream.
     positions = training_positions(
         first_step, steps, config.global_batch_size, micro_batch, accelerator.process_index, accelerator.num_processes
     )
     batches = iter(loader(train_samples, positions, config.data.workers, pin_memory=device.type == "cuda"))
-    stop = False
-    while step < steps and not stop:
+    while step < steps and not out_of_patience():
         rate = schedule(config.optim, step, steps)
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * rate
@@ -175,21 +171,21 @@ def main(config: configuration.TrainConfig) -> None:
             log.metrics(step, values | log.performance(step))
 
         improved = (step == steps or (config.eval.every and step % config.eval.every == 0)) and evaluated()
-        stop = bool(config.eval.patience) and state["evaluations_since_best"] >= config.eval.patience
-        if improved or stop or step == steps or step % config.checkpoint.every == 0:
-            state.update(
-                step=step, skipped_updates=skipped.item(), seconds=seconds_before + time.perf_counter() - started
-            )
+        if improved or out_of_patience() or step == steps or step % config.checkpoint.every == 0:
+            state |= {"step": step, "skipped_updates": skipped.item()}
+            state["seconds"] = seconds_before + time.perf_counter() - started
             checkpoint.save(accelerator, checkpoints, state, asdict(policy.config), ema)
             if main_process:
                 keep, keep_every = config.checkpoint.keep, config.checkpoint.keep_every
                 checkpoint.rotate(checkpoints, step, keep, keep_every, state["best_step"])
 
     # ---- The end: the best weights as one folder, and the result.
-    if stop:
+    if out_of_patience():
         log.say(
-            f"stopped at step {step}: no improvement of eval/{config.eval.metric} in {config.eval.patience} evaluations"
+            f"stopped at step {step}: eval/{config.eval.metric} got no better in {config.eval.patience} evaluations"
         )
+    if state["best_step"] is None:
+        raise FloatingPointError(f"eval/{config.eval.metric} was never finite, so there is nothing good to export")
     if main_process:
         best = checkpoints / f"step_{state['best_step']:08d}"
         checkpoint.verify(best)
@@ -202,7 +198,7 @@ def main(config: configuration.TrainConfig) -> None:
 if __name__ == "__main__":
     try:
         main(configuration.parse(sys.argv[1:]))
-    except InputError as error:
+    except (InputError, FloatingPointError) as error:
         if int(os.environ.get("RANK", 0)) == 0:  # every process finds the same fault: say it once
             print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -53,6 +53,8 @@ class RunLog:
         path = self.run_dir / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first_step]
+        for line in kept:
+            self.last |= {name: value for name, value in json.loads(line).items() if name != "step"}
         self.file = path.open("w")
         self.file.writelines(kept)
         terminal = sys.stderr.isatty()
@@ -114,10 +116,10 @@ class RunLog:
             tqdm.write(text, file=sys.stderr)
 
     def images(self, step: int, name: str, images: np.ndarray) -> None:
-        """Pictures for TensorBoard, a sample's cameras side by side. images: uint8 [B, N, 3, h, w]."""
+        """One picture for TensorBoard: a column for each sample, a row for each camera. images: uint8 [B, N, 3, h, w]."""
         if writer := self._tensorboard():
-            rows = np.concatenate(list(images.swapaxes(0, 1)), axis=-1)  # [B, 3, h, N · w]
-            writer.add_images(name, rows, step)
+            rows = [np.concatenate(list(camera), axis=2) for camera in images.swapaxes(0, 1)]  # N times [3, h, B · w]
+            writer.add_image(name, np.concatenate(rows, axis=1), step)
             writer.flush()
 
     def video(self, step: int, name: str, frames: np.ndarray, fps: int) -> None:
