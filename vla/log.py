@@ -116,7 +116,7 @@ class RunLog:
             tqdm.write(text, file=sys.stderr)
 
     def images(self, step: int, name: str, images: np.ndarray) -> None:
-        """One picture for TensorBoard: a column for each sample, a row for each camera. images: uint8 [B, N, 3, h, w]."""
+        """One picture: a column for each sample, a row for each camera. images: uint8 [B, N, 3, h, w]."""
         if writer := self._tensorboard():
             rows = [np.concatenate(list(camera), axis=2) for camera in images.swapaxes(0, 1)]  # N times [3, h, B · w]
             writer.add_image(name, np.concatenate(rows, axis=1), step)
