@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 DEMO_POLICY := --model.width 64 --model.attention_heads 4 --model.mlp_ratio 2 --model.vision_stride 8 --model.vision_blocks 0 \
-	--model.language_layers 2 --model.head_layers 2 --model.max_tokens 56 --model.chunk_size 8 --model.n_action_steps 4
+	--model.language_layers 2 --model.head_layers 2 --model.max_tokens 56 --model.chunk_size 8 --model.n_action_steps 2
 DEMO_OPTIM := --global_batch_size 32 --optim.lr 1.5e-3 --optim.warmup_steps 100 --optim.weight_decay 1e-4 --optim.ema 0.995
 DEMO_HEAD := --model.head regression --model.gripper_dims 2 --model.loss.mse 0.9 --model.loss.l1 0.1
 
@@ -26,8 +26,8 @@ demo: .venv/ready
 	rm -rf data/demo runs/demo
 	$(BIN)/python -m vla.collect tabletop --out data/demo --episodes 1600
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml train.py --data.path data/demo --run_dir runs/demo \
-		--steps 4200 $(DEMO_OPTIM) $(DEMO_POLICY) $(DEMO_HEAD) \
-		--data.workers 1 --eval.every 700 --eval.env tabletop --checkpoint.every 700
+		--steps 4000 $(DEMO_OPTIM) $(DEMO_POLICY) $(DEMO_HEAD) \
+		--data.workers 1 --eval.every 1000 --eval.env tabletop --checkpoint.every 1000
 	$(BIN)/python -m vla.rollout --policy runs/demo/export --env tabletop --episodes 100 --baselines \
 		--out runs/demo/rollout.json --gif runs/demo/rollout.gif
 	@echo "results: runs/demo/rollout.json   pictures: runs/demo/rollout.gif"

@@ -1,0 +1,51 @@
+"""The tests run on the CPU, offline, with one thread; set before torch is imported anywhere."""
+
+import os
+
+os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+import numpy as np
+import pytest
+
+from vla.data.lerobot import LeRobotDataset
+from vla.data.write import LeRobotWriter
+from vla.sim.tabletop import Tabletop
+
+EPISODES, LENGTH = 12, 12
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A tabletop data set, the first 12 frames of 12 episodes: with one held out, an epoch is 132 samples, 11 steps
+    of 12. Its images are decoded already.
+    """
+    root, world = tmp_path_factory.mktemp("data") / "tabletop", Tabletop()
+    names = {"state_names": world.state_names, "action_names": world.action_names, "robot_type": "tabletop"}
+    with LeRobotWriter(root, fps=world.fps, cameras=dict.fromkeys(world.cameras, (64, 64)), **names) as writer:
+        for seed in range(EPISODES):
+            observations, actions = [world.reset(seed)], []
+            for _ in range(LENGTH):
+                actions.append(world.expert())
+                observations.append(world.step(actions[-1])[0])
+            images = np.stack([observation["images"] for observation in observations[:-1]], axis=1)  # [N, L, 3, h, w]
+            writer.add_episode(
+                images=dict(zip(world.cameras, images, strict=True)),
+                state=np.stack([observation["state"] for observation in observations[:-1]]),
+                actions=np.stack(actions),
+                instruction=world.instruction,
+            )
+    LeRobotDataset(root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def flags(data):
+    """Flags of a training small enough for a test: 16 steps of 12 samples take half a second."""
+    return [
+        *("--data.path", str(data), "--data.workers", "0", "--steps", "16", "--global_batch_size", "12"),
+        *("--model.width", "32", "--model.attention_heads", "2", "--model.vision_blocks", "0"),
+        *("--model.language_layers", "1", "--model.head_layers", "1"),
+        *("--model.chunk_size", "4", "--model.n_action_steps", "2", "--model.flow_steps", "2"),
+        *("--optim.warmup_steps", "4", "--optim.lr", "1e-3"),
+        *("--eval.every", "7", "--eval.samples", "5", "--checkpoint.every", "5", "--log.every", "1"),
+    ]

@@ -1,0 +1,467 @@
+"""What the command line answers: to bad input one line that names the cure, before anything is trained."""
+
+import dataclasses
+import json
+import shutil
+import sys
+import typing
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from training import ROOT, command, last, run_module, train
+
+from vla import InputError, config
+from vla.data.lerobot import LeRobotDataset
+from vla.data.write import LeRobotWriter
+
+NEW_RUN = ("--run_dir", "run", "--data.path", "data", "--steps", "10")
+
+
+@pytest.fixture(scope="module")
+def finished(flags, tmp_path_factory):
+    """A run of 4 steps, with its checkpoint and export."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    (child,) = train(*flags, "--steps", 4, "--run_dir", run)
+    child.ok()
+    return run
+
+
+def assert_refused(child, *words):
+    """It ended with one line that begins with "error:" and has these words, and with exit code 1."""
+    assert child.code == 1, child.stderr
+    assert len(child.stderr.splitlines()) == 1, child.stderr
+    assert child.stderr.startswith("error: ")
+    assert [word for word in words if str(word) not in child.stderr] == [], child.stderr
+
+
+def assert_nothing_trained(run):
+    assert not list(run.glob("checkpoints/*"))
+    assert not (run / "metrics.jsonl").exists()
+
+
+# ---- Flags that are wrong by themselves.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--data.path data --steps 1", ["--run_dir is missing"]),
+        ("--run_dir run --steps 1", ["--data.path is missing"]),
+        ("--epochs 2", ["--steps 10", "--epochs 2"]),
+        ("--model.freeze vision language_model", ["--model.freeze", "vision;", "vision_encoder"]),
+        ("--model.freeze vision_encoder language_model action_head", ["--model.freeze", "nothing to train"]),
+        ("--optim.module_lrs head 1e-4", ["--optim.module_lrs", "head;", "action_head"]),
+        ("--optim.module_lrs action_head 1e-4 --model.freeze action_head", ["--optim.module_lrs", "--model.freeze"]),
+        ("--optim.module_lrs action_head -1e-4", ["--optim.module_lrs", "-0.0001"]),
+        ("--optim.module_lrs action_head nan", ["--optim.module_lrs", "nan"]),
+        ("--global_batch_size 0", ["--global_batch_size", "0"]),
+        ("--micro_batch_size -1", ["--micro_batch_size", "-1"]),
+        ("--steps -5", ["--steps", "-5"]),
+        ("--seed -1", ["--seed", "-1"]),
+        ("--seed 4294967296", ["--seed", "4294967296"]),
+        ("--data.workers -1", ["--data.workers", "-1"]),
+        ("--data.val_fraction 1", ["--data.val_fraction", "1.0"]),
+        ("--data.val_fraction nan", ["--data.val_fraction", "nan"]),
+        ("--data.val_fraction 0", ["--data.val_fraction 0", "--eval.metric"]),
+        ("--eval.metric success", ["--eval.metric success", "--eval.env"]),
+        ("--optim.lr -1", ["--optim.lr", "-1.0"]),
+        ("--optim.lr nan", ["--optim.lr", "nan"]),
+        ("--optim.lr inf", ["--optim.lr", "inf"]),
+        ("--optim.betas 0.9 1.0", ["--optim.betas", "1.0"]),
+        ("--optim.betas -0.1 0.9", ["--optim.betas", "-0.1"]),
+        ("--optim.warmup_steps -1", ["--optim.warmup_steps", "-1"]),
+        ("--optim.clip nan", ["--optim.clip", "nan"]),
+        ("--optim.ema 1", ["--optim.ema", "1.0"]),
+        ("--eval.samples 0", ["--eval.samples", "0"]),
+        ("--checkpoint.every 0", ["--checkpoint.every", "0"]),
+        ("--checkpoint.keep 0", ["--checkpoint.keep", "0"]),
+        ("--log.every 0", ["--log.every", "0"]),
+    ],
+)
+def test_wrong_flag_is_refused_with_its_value(arguments, words):
+    whole = arguments.startswith(("--run_dir", "--data.path"))
+    with pytest.raises(InputError) as refused:
+        config.parse([*(() if whole else NEW_RUN), *arguments.split()])
+    assert [word for word in words if word not in str(refused.value)] == [], refused.value
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("epochs", ["nan", "inf", "-1"])
+def test_number_of_epochs_must_be_a_number(epochs):
+    with pytest.raises(InputError, match=f"--epochs.*{epochs}"):
+        config.parse(["--run_dir", "run", "--data.path", "data", "--epochs", epochs])
+
+
+@pytest.mark.parametrize(
+    ("micro", "world_size", "expected"),
+    [
+        (0, 1, (12, 1)),
+        (4, 1, (4, 3)),
+        (0, 3, (4, 1)),
+        (2, 3, (2, 2)),
+        (5, 1, "--micro_batch_size 5 does not divide 12.* one of 1, 2, 3, 4, 6, 12 does"),
+        (4, 2, "--micro_batch_size 4 does not divide 6.* one of 1, 2, 3, 6 does"),
+        (0, 5, "--global_batch_size 12 cannot be split over 5 processes; 10 or 15 can"),
+        (0, 24, "--global_batch_size 12 cannot be split over 24 processes; 24"),
+    ],
+)
+def test_accumulation_follows_from_the_batch_sizes_or_is_refused_with_sizes_that_fit(micro, world_size, expected):
+    settings = config.TrainConfig(global_batch_size=12, micro_batch_size=micro)
+    if isinstance(expected, tuple):
+        assert config.accumulation(settings, world_size) == expected
+    else:
+        with pytest.raises(InputError, match=expected):
+            config.accumulation(settings, world_size)
+
+
+def test_unknown_flag_is_refused():
+    done = command(sys.executable, "train.py", *NEW_RUN, "--model.widht", "32")
+    assert done.returncode != 0
+    assert "--model.widht" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# ---- Flags that do not fit the data, the files or the machine.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--data.path {tmp}/nowhere", ["{tmp}/nowhere", "--data.path"]),
+        ("--data.cameras wrist", ["wrist", "table", "--data.cameras"]),
+        ("--data.val_fraction 0.9 --eval.env nowhere", ["nowhere", "tabletop"]),
+        ("--micro_batch_size 5", ["--micro_batch_size 5", "12"]),
+        ("--model.head regression --model.gripper_dims 3", ["--model.gripper_dims", "[3]", "0 to 2"]),
+        ("--model.gripper_dims 2", ["--model.gripper_dims", "--model.head flow"]),
+        ("--model.n_action_steps 5", ["--model.n_action_steps", "5", "4"]),
+        ("--model.vision_stride 24", ["--model.vision_stride 24", "64x64"]),
+        ("--model.width 36", ["--model.width 36", "--model.attention_heads 2"]),
+        ("--model.max_tokens 8", ["--model.max_tokens 8"]),
+        ("--model.loss.ce 2", ["--model.loss.ce", "--model.head flow"]),
+        ("--model.loss.flow 0", ["flow", "0"]),
+        ("--init_from {tmp}/nowhere", ["--init_from {tmp}/nowhere"]),
+        ("--init_from {tmp}/other.safetensors", ["--init_from {tmp}/other.safetensors", "some.weight", "--model"]),
+        ("--init_from {tmp}/objects.pt", ["--init_from {tmp}/objects.pt", "weights alone"]),
+        ("--log.trackers nonsense", ["--log.trackers nonsense", "tensorboard"]),
+        ("--run_dir {tmp}/file/run", ["{tmp}/file/run", "--run_dir"]),
+        ("--resume_from {tmp}/empty", ["{tmp}/empty/config.json"]),
+        ("--resume_from {tmp}/nowhere", ["{tmp}/nowhere/config.json"]),
+        ("--resume_from {tmp}/nowhere/checkpoints/step_00000005", ["{tmp}/nowhere/config.json"]),
+    ],
+)
+def test_wrong_input_is_refused_in_one_line_and_nothing_is_trained(arguments, words, flags, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    save_file({"some.weight": torch.zeros(1)}, tmp_path / "other.safetensors")
+    torch.save({"weights": object}, tmp_path / "objects.pt")
+    arguments = [*flags, "--run_dir", tmp_path / "run", *arguments.format(tmp=tmp_path).split()]
+    if "--resume_from" in arguments:
+        arguments = arguments[arguments.index("--resume_from") :]
+    (child,) = train(*arguments)
+    assert_refused(child, *(word.format(tmp=tmp_path) for word in words))
+    assert_nothing_trained(tmp_path / "run")
+
+
+def test_script_itself_exits_with_one_line(flags, tmp_path):
+    done = command(sys.executable, "train.py", *flags, "--run_dir", tmp_path / "run", "--data.path", tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith(f"error: {tmp_path}/meta/info.json")
+    assert_nothing_trained(tmp_path / "run")
+
+
+def test_run_folder_with_checkpoints_is_not_overwritten(flags, finished):
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    (child,) = train(*flags, "--run_dir", finished)
+    assert_refused(child, finished, f"--resume_from {finished}", "--run_dir")
+    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
+
+
+def test_run_without_checkpoints_cannot_be_resumed(finished, tmp_path):
+    shutil.copy(finished / "config.json", tmp_path)
+    (child,) = train("--resume_from", tmp_path)
+    assert_refused(child, f"{tmp_path}/checkpoints", "--resume_from")
+    assert_nothing_trained(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"seed": 0, "unheard_of": 1}'])
+def test_run_with_a_broken_configuration_cannot_be_resumed(content, finished, tmp_path):
+    (tmp_path / "config.json").write_text(content)
+    (child,) = train("--resume_from", tmp_path)
+    assert_refused(child, f"{tmp_path}/config.json")
+
+
+def rewrite(table_file, edit):
+    table = edit(pq.read_table(table_file))
+    pq.write_table(table, table_file)
+
+
+def no_episodes(root):
+    for file in root.glob("meta/episodes/*/*.parquet"):
+        rewrite(file, lambda table: table.slice(0, 0))
+
+
+def another_action_dimension(root):
+    info = json.loads((root / "meta/info.json").read_text())
+    info["features"]["action"] |= {"shape": [4], "names": None}
+    (root / "meta/info.json").write_text(json.dumps(info))
+
+
+def not_a_number(root):
+    def edit(table):
+        values = np.array(table.column("action").to_pylist(), np.float32)
+        values[17, 1] = np.nan
+        column = pa.array(list(values), table.schema.field("action").type)
+        return table.set_column(table.column_names.index("action"), "action", column)
+
+    rewrite(next(root.glob("data/*/*.parquet")), edit)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (no_episodes, ["meta/episodes", "no episode"]),
+        (another_action_dimension, ["action", "3", "4", "info.json"]),
+        (not_a_number, ["episode 1, frame 5", "action", "nan"]),
+    ],
+)
+def test_damaged_data_set_is_refused_in_one_line(damage, words, data, flags, tmp_path):
+    root = shutil.copytree(data, tmp_path / "data")
+    damage(root)
+    (child,) = train(*flags, "--data.path", root, "--run_dir", tmp_path / "run")
+    assert_refused(child, root, *words)
+    assert_nothing_trained(tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def other_robot(tmp_path_factory):
+    """A data set of a robot with two joints and one camera."""
+    root = tmp_path_factory.mktemp("other") / "data"
+    names = {"state_names": ["a", "b"], "action_names": ["a", "b"], "robot_type": "arm"}
+    with LeRobotWriter(root, fps=5, cameras={"front": (32, 32)}, **names) as writer:
+        for _ in range(3):
+            numbers = np.random.default_rng(0).random((6, 2), np.float32)
+            images = {"front": np.zeros((6, 3, 32, 32), np.uint8)}
+            writer.add_episode(images=images, state=numbers, actions=numbers, instruction="wave")
+    LeRobotDataset(root)
+    return root
+
+
+def test_environment_of_another_robot_is_refused(other_robot, flags, tmp_path):
+    own = ["--data.path", other_robot, "--eval.env", "tabletop", "--run_dir", tmp_path / "run"]
+    (child,) = train(*flags, *own)
+    assert_refused(child, "front", "table, gripper", "tabletop")
+    assert_nothing_trained(tmp_path / "run")
+
+
+# ---- Resume: what may change, and what may not.
+
+
+@pytest.mark.parametrize(
+    ("flag", "old", "new"),
+    [
+        ("seed", 0, 7),
+        ("data.path", "data", "elsewhere"),
+        ("data.val_fraction", 0.05, 0.2),
+        ("model.width", 256, 64),
+        ("model.freeze", ("vision_encoder",), ("language_model",)),
+        ("global_batch_size", 64, 32),
+        ("optim.lr", 0.0003, 0.01),
+        ("optim.module_lrs", {"action_head": 0.0001}, {"action_head": 0.5}),
+        ("optim.ema", 0.999, 0.5),
+        ("init_from", "", "elsewhere"),
+        ("run_dir", "run", "elsewhere"),
+    ],
+)
+def test_resumed_run_refuses_a_flag_that_disagrees_and_names_both_values(flag, old, new, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_run(tmp_path / "run", "--model.freeze", "vision_encoder", "--optim.module_lrs", "action_head", "1e-4")
+    words = new.items() if isinstance(new, dict) else new if isinstance(new, tuple) else [new]
+    given = [str(word) for part in words for word in (part if isinstance(part, tuple) else [part])]
+    with pytest.raises(InputError, match="disagree") as refused:
+        config.parse(["--resume_from", "run", f"--{flag}", *given])
+    assert f"--{flag} {new} (the run has {old})" in str(refused.value)
+    assert "--init_from" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("steps", 99),
+        ("micro_batch_size", 8),
+        ("data.workers", 7),
+        ("eval.every", 3),
+        ("eval.patience", 2),
+        ("checkpoint.every", 3),
+        ("checkpoint.keep", 5),
+        ("log.every", 3),
+        ("compile", True),
+    ],
+)
+def test_resumed_run_takes_a_flag_that_may_change(flag, value, tmp_path):
+    before = save_run(tmp_path / "run")
+    given = [f"--{flag}"] if value is True else [f"--{flag}", str(value)]
+    after = config.flatten(config.parse(["--resume_from", str(tmp_path / "run"), *given]))
+    changed = {name for name, old in config.flatten(before).items() if after[name] != old}
+    assert changed == {flag, "resume_from", "run_dir"}
+    assert after[flag] == value
+
+
+def test_resumed_run_takes_epochs_in_place_of_steps(tmp_path):
+    save_run(tmp_path / "run")
+    settings = config.parse(["--resume_from", str(tmp_path / "run"), "--epochs", "3"])
+    assert (settings.steps, settings.epochs) == (0, 3)
+
+
+def test_resumed_run_refuses_in_one_line(finished):
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    (child,) = train("--resume_from", finished, "--optim.lr", "0.5", "--seed", 3)
+    assert_refused(child, "--optim.lr 0.5 (the run has 0.001)", "--seed 3 (the run has 0)")
+    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
+
+
+def test_same_command_with_auto_goes_on_whatever_flags_it_has(tmp_path):
+    arguments = [
+        *("--run_dir", str(tmp_path / "run"), "--data.path", "data", "--epochs", "2.5", "--resume_from", "auto"),
+        *("--model.freeze", "vision_encoder", "language_model", "--optim.module_lrs", "action_head", "1e-4"),
+        *("--optim.milestones", "0.3", "0.5", "--optim.betas", "0.8", "0.9", "--data.cameras", "table", "gripper"),
+        *("--log.trackers", "--model.head", "regression", "--model.gripper_dims", "2", "--deterministic"),
+    ]
+    fresh = config.parse(arguments)
+    assert config.resume_folder(fresh) is None
+    (tmp_path / "run/checkpoints/step_00000001").mkdir(parents=True)
+    config.save(fresh, tmp_path / "run/config.json")
+    assert config.parse(arguments) == fresh
+
+
+@pytest.mark.parametrize("path", ["run", "run/best", "run/checkpoints", "run/checkpoints/step_00000005", "run/"])
+def test_every_way_to_name_a_run_finds_it(path, tmp_path):
+    save_run(tmp_path / "run")
+    settings = config.parse(["--resume_from", str(tmp_path / path)])
+    assert settings.run_dir == str(tmp_path / "run")
+
+
+def test_flags_parse_with_hyphens_and_underscores(tmp_path):
+    save_run(tmp_path / "run")
+    for flag in ("--resume_from", "--resume-from"):
+        assert config.parse([flag, str(tmp_path / "run")]).resume_from == str(tmp_path / "run")
+
+
+def save_run(run, *arguments):
+    run.mkdir()
+    settings = config.parse([*NEW_RUN, *arguments])
+    config.save(settings, run / "config.json")
+    return settings
+
+
+# ---- The configuration as JSON, and the help.
+
+
+def all_different(cls, default):
+    """An instance of the dataclass no field of which has its default value."""
+    kinds, values = typing.get_type_hints(cls), {}
+    for name, old in ((field.name, getattr(default, field.name)) for field in dataclasses.fields(cls)):
+        if dataclasses.is_dataclass(old):
+            values[name] = all_different(kinds[name], old)
+        elif isinstance(old, bool):
+            values[name] = not old
+        elif typing.get_origin(kinds[name]) is typing.Literal:
+            values[name] = next(choice for choice in typing.get_args(kinds[name]) if choice != old)
+        elif isinstance(old, int | float):
+            values[name] = old + 1
+        elif isinstance(old, str):
+            values[name] = old + "x"
+        elif isinstance(old, dict):
+            values[name] = {"action_head": 0.5}
+        else:
+            kind = typing.get_args(kinds[name])[0]
+            values[name] = (kind(7), kind(9))
+    return cls(**values)
+
+
+def test_configuration_comes_back_from_json_as_it_was(tmp_path):
+    settings = all_different(config.TrainConfig, config.TrainConfig())
+    default = config.flatten(config.TrainConfig())
+    assert all(value != default[name] for name, value in config.flatten(settings).items())
+    config.save(settings, tmp_path / "config.json")
+    assert config.load(tmp_path / "config.json") == dataclasses.replace(settings, resume_from="")
+
+
+def test_run_folder_holds_the_whole_configuration(finished):
+    settings = config.load(finished / "config.json")
+    stored = json.loads((finished / "config.json").read_text())
+    assert stored.keys() == {field.name for field in dataclasses.fields(config.TrainConfig)}
+    assert settings.steps == 4
+    assert settings.model.width == 32
+
+
+def test_help_names_every_flag_and_imports_no_torch():
+    program = f"""
+import runpy, sys
+sys.argv = ["train.py", "--help"]
+try:
+    runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
+finally:
+    heavy = {{"torch", "accelerate", "pyarrow", "numpy"}} & set(sys.modules)
+    print("heavy:", sorted(heavy), file=sys.stderr)
+"""
+    done = command(sys.executable, "-c", program, env={"COLUMNS": "200"})
+    assert done.returncode == 0
+    assert done.stderr == "heavy: []\n"
+    for name in config.flatten(config.TrainConfig()):
+        assert f"--{name}" in done.stdout.replace("-", "_").replace("__", "--"), name
+
+
+# ---- The other commands.
+
+
+@pytest.mark.parametrize("damage", ["statistics are not set", "statistics are missing", "no config.json"])
+def test_rollout_refuses_an_export_without_statistics(damage, finished, tmp_path):
+    export = shutil.copytree(finished / "export", tmp_path / "export")
+    weights = load_file(export / "model.safetensors")
+    names = [name for name in weights if name.startswith(("state_norm.", "action_norm."))]
+    for name in names:
+        if damage == "statistics are not set":
+            weights[name].fill_(torch.nan)
+        else:
+            del weights[name]
+    save_file(weights, export / "model.safetensors")
+    if damage == "no config.json":
+        (export / "config.json").unlink()
+    (child,) = run_module("vla.rollout", "--policy", export, "--env", "tabletop")
+    words = {"statistics are not set": "statistics", "statistics are missing": "action_norm", "no config.json": export}
+    assert_refused(child, words[damage])
+
+
+def test_rollout_itself_exits_with_one_line(tmp_path):
+    done = command(sys.executable, "-m", "vla.rollout", "--policy", tmp_path, "--env", "tabletop")
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [done.stderr.strip()]
+    assert done.stderr.startswith(f"error: --policy {tmp_path}")
+
+
+def test_export_refuses_what_is_no_run_in_one_line(finished, tmp_path):
+    (child,) = run_module("vla.export", tmp_path)
+    assert_refused(child, tmp_path)
+    run = shutil.copytree(finished, tmp_path / "run")
+    (last(run) / "model.safetensors").write_bytes(b"damaged")
+    (child,) = run_module("vla.export", last(run))
+    assert_refused(child, last(run) / "model.safetensors")
+
+
+def test_collected_data_trains_a_policy_that_acts(flags, tmp_path):
+    (collected,) = run_module("vla.collect", "tabletop", "--out", tmp_path / "data", "--episodes", 4, "--workers", 1)
+    collected.ok()
+    own = ["--data.path", tmp_path / "data", "--steps", 2, "--data.val_fraction", 0.25, "--run_dir", tmp_path / "run"]
+    (trained,) = train(*flags, *own)
+    trained.ok()
+    out = tmp_path / "result.json"
+    (acted,) = run_module(
+        "vla.rollout", "--policy", tmp_path / "run/export", "--env", "tabletop", "--episodes", 2, "--out", out
+    )
+    acted.ok()
+    assert json.loads(out.read_text())["episodes"] == 2

@@ -1,0 +1,263 @@
+"""The number of processes changes nothing but the speed."""
+
+import gc
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.commands.config.config_args import load_config_from_file
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
+from training import LAUNCH, ON_CPU, ROOT, after, command, in_children, result, series, steps, train, weights
+
+from vla import evaluate, log, sim
+from vla.config import ModelConfig
+from vla.data.lerobot import LeRobotDataset
+from vla.data.stream import Samples
+from vla.model import PolicyConfig, VLAPolicy
+
+CONFIGS = sorted(path.name for path in (ROOT / "accelerate_configs").glob("*.yaml"))
+LAYOUTS = {"1x8": (1, 8), "2x4": (2, 4), "1x2, accumulated 4 times": (1, 2), "2x2, accumulated twice": (2, 2)}
+
+
+@pytest.fixture(scope="module")
+def layouts(flags, tmp_path_factory):
+    """For each layout of a global batch of 8: the run's folder and its processes, which have found the positions
+    and keys that they trained on, and the weights that they ended with.
+    """
+
+    def watch(found):
+        found["positions"], found["keys"] = [], []
+
+        def forward(self, batch, original=VLAPolicy.forward):
+            if self.training:
+                found["positions"] += batch["position"].tolist()
+                found["keys"] += batch["key"].tolist()
+            return original(self, batch)
+
+        def keep_weights(_, run_log, state):
+            found["weights"] = {name: value.numpy().copy() for name, value in policies[0].state_dict().items()}
+
+        policies = []
+        VLAPolicy.forward = forward
+        after(VLAPolicy, "__init__", lambda _, policy, *rest: policies.append(policy))
+        after(log.RunLog, "close", keep_weights)
+
+    runs = {}
+    for name, (processes, micro) in LAYOUTS.items():
+        run = tmp_path_factory.mktemp("layouts") / "run"
+        own = ["--global_batch_size", 8, "--micro_batch_size", micro, "--run_dir", run]
+        runs[name] = run, [child.ok() for child in train(*flags, *own, before=watch, processes=processes)]
+    return runs
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS)[1:])
+def test_every_layout_of_a_global_batch_is_the_same_training(layouts, layout):
+    (one, (alone,)), (run, children) = layouts["1x8"], layouts[layout]
+    assert result(run)["processes"] == len(children)
+    for name in ("train/loss", "train/grad_norm", "eval/loss", "lr/action_head", "lr/vision_encoder/no_decay"):
+        assert series(run, name) == pytest.approx(series(one, name), abs=1e-5), name
+    for name, value in weights(one).items():
+        torch.testing.assert_close(weights(run)[name], value, rtol=0, atol=1e-5)
+    assert result(run)["best_step"] == result(one)["best_step"]
+    assert alone.found["positions"] == list(range(16 * 8))  # in order, each once
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS)[1:])
+def test_every_layout_takes_the_same_samples_with_the_same_noise(layouts, layout):
+    _, (alone,) = layouts["1x8"]
+    _, children = layouts[layout]
+    for step in range(16):
+        per_process = 8 // len(children)
+        mine = slice(step * per_process, (step + 1) * per_process)
+        for name in ("positions", "keys"):
+            seen = [x for child in children for x in child.found[name][mine]]
+            assert sorted(seen) == sorted(alone.found[name][step * 8 : (step + 1) * 8])
+
+
+def test_all_processes_end_with_the_same_weights(layouts):
+    for layout in ("2x4", "2x2, accumulated twice"):
+        run, (first, second) = layouts[layout]
+        assert first.found["weights"].keys() == weights(run).keys()
+        for name, value in weights(run).items():
+            bits = value.numpy().tobytes()
+            assert first.found["weights"][name].tobytes() == second.found["weights"][name].tobytes() == bits, name
+
+
+def test_only_the_last_micro_batch_of_a_step_sends_gradients(flags, tmp_path):
+    def count(found):
+        found["forwards"] = found["reductions"] = 0
+        found["at"] = set()
+
+        def reduce(state, bucket):
+            found["reductions"] += 1
+            found["at"].add((found["forwards"] - 1) % found["micro_batches"])
+            return allreduce_hook(state, bucket)
+
+        def forward(self, batch, original=VLAPolicy.forward):
+            found["forwards"] += self.training
+            return original(self, batch)
+
+        def prepared(objects, accelerator, *_):
+            found["micro_batches"] = accelerator.gradient_accumulation_steps
+            objects[0].register_comm_hook(None, reduce)
+
+        VLAPolicy.forward = forward
+        after(Accelerator, "prepare", prepared)
+
+    reductions = {}
+    for micro, micro_batches in ((6, 1), (2, 3)):
+        own = ["--micro_batch_size", micro, "--eval.every", 0, "--run_dir", tmp_path / f"{micro}"]
+        for child in train(*flags, *own, before=count, processes=2):
+            found = child.ok().found
+            assert found["forwards"] == 16 * micro_batches
+            assert found["at"] == {micro_batches - 1}
+            reductions.setdefault(micro_batches, set()).add(found["reductions"])
+    assert reductions[1] == reductions[3]
+    assert min(reductions[1]) >= 16
+
+
+def test_gradient_reducer_is_freed_before_the_process_group(flags, tmp_path):
+    # In the other order it owns the group, whose end then waits, with the interpreter's lock, for a thread of gloo that
+    # may need that lock: processes hang or abort after a good run, and the launcher kills the main one as it exports.
+    def count(found):
+        def end_training(self, original=Accelerator.end_training):
+            found["reducers"] = sum(isinstance(thing, DistributedDataParallel) for thing in gc.get_objects())
+            original(self)
+
+        Accelerator.end_training = end_training
+
+    for child in train(*flags, "--steps", 1, "--run_dir", tmp_path / "run", before=count, processes=2):
+        assert child.ok().found["reducers"] == 0
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_accelerate_config_says_where_and_nothing_of_the_training(name):
+    lines = (ROOT / "accelerate_configs" / name).read_text().splitlines()
+    assert lines[0].startswith("# ")
+    assert len(lines) < 10
+    config = load_config_from_file(str(ROOT / "accelerate_configs" / name)).to_dict()
+    assert "gradient_accumulation_steps" not in "\n".join(lines)
+    if name[0].isdigit():
+        assert config["num_processes"] == int(name.split("gpu")[0])
+        assert config["mixed_precision"] == "bf16"
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_accelerate_config_launches_training(name, flags, tmp_path):
+    several = load_config_from_file(str(ROOT / "accelerate_configs" / name)).num_processes > 1
+    # accelerate launches several CPU processes of a YAML for GPUs, but ignores the number with --cpu.
+    where = ["--num_processes", 2, "--main_process_port", 0] if several else ["--cpu"]
+    config = ["--config_file", ROOT / "accelerate_configs" / name]
+    own = ["--steps", 2, "--checkpoint.every", 2, "--eval.every", 0, "--run_dir", tmp_path / "run"]
+    done = command(*LAUNCH, *config, *where, "train.py", *flags, *own, env=ON_CPU)
+    assert done.returncode == 0, done.stderr
+    assert steps(tmp_path / "run") == [2]
+    assert result(tmp_path / "run")["processes"] == (2 if several else 1)
+    assert result(tmp_path / "run")["precision"] == ("no" if name == "cpu.yaml" else "bf16")
+
+
+def test_global_batch_that_cannot_be_split_is_refused_by_every_process_in_one_line(flags, tmp_path):
+    first, second = train(*flags, "--global_batch_size", 13, "--run_dir", tmp_path / "run", processes=2)
+    assert (first.code, second.code) == (1, 1)
+    assert first.stderr == "error: --global_batch_size 13 cannot be split over 2 processes; 12 or 14 can\n"
+    assert second.stderr == ""
+    assert not (tmp_path / "run").exists()
+
+
+def test_launched_processes_form_one_group_or_are_refused(flags, tmp_path):
+    # A YAML for GPUs on a machine without any must not let each train alone, on half the batch, into one folder.
+    own = ["--run_dir", tmp_path / "run"]
+    children = train(*flags, *own, processes=2, env={"ACCELERATE_USE_CPU": "false"})
+    refused = [child.code for child in children] == [1, 1] and children[0].stderr.startswith("error: ")
+    assert refused != bool(steps(tmp_path / "run"))
+    assert refused or result(tmp_path / "run")["processes"] == 2
+
+
+def test_gradient_accumulation_of_the_environment_is_refused(flags, tmp_path):
+    # accelerate launch exports it from a YAML, and the Accelerator prefers it to its own argument.
+    env = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}
+    (child,) = train(*flags, "--run_dir", tmp_path / "run", env=env)
+    assert child.code == 1
+    assert child.stderr.startswith("error: gradient_accumulation_steps is set to 4")
+    assert not steps(tmp_path / "run")
+
+
+@pytest.mark.parametrize(("limit", "processes"), [(12, 2), (7, 2), (2, 3)])
+def test_evaluation_counts_each_sample_once_at_any_number_of_processes(limit, processes, data):
+    def evaluated(found):
+        torch.manual_seed(0)
+        accelerator = Accelerator(cpu=True)
+        policy, samples = untrained(data)
+        found["values"] = evaluate.held_out(accelerator, policy, samples, limit, batch_size=3)
+        found["again"] = evaluate.held_out(accelerator, policy, samples, limit, batch_size=3)
+        batch = samples.__getitems__([i * len(samples) // limit for i in range(limit)])
+        with torch.no_grad():
+            each = [policy({k: v[i : i + 1] for k, v in batch.items()})["loss"].item() for i in range(limit)]
+        found["mean"] = sum(each) / limit
+
+    (alone,) = in_children(evaluated)
+    assert alone.ok().found["values"]["eval/loss"] == pytest.approx(alone.found["mean"], abs=1e-6)
+    assert alone.found["values"] == alone.found["again"]
+    for child in in_children(evaluated, processes):
+        assert child.ok().found["values"] == pytest.approx(alone.found["values"], abs=1e-6)
+        assert child.found["values"] == child.found["again"]
+
+
+def test_all_processes_stop_early_at_the_same_step(flags, tmp_path):
+    # Nothing is learned at a rate of 0, so the first evaluation, at step 3, stays the best.
+    own = ["--optim.lr", 0, "--eval.every", 3, "--eval.patience", 2, "--run_dir", tmp_path / "run"]
+    children = train(*flags, *own, processes=2)
+    assert [child.code for child in children] == [0, 0]
+    assert "stopped at step 9: eval/loss" in children[0].stderr
+    told = result(tmp_path / "run")
+    assert (told["step"], told["best_step"], told["evaluations_since_best"]) == (9, 3, 2)
+    assert list(series(tmp_path / "run", "train/loss")) == list(range(1, 10))
+    assert steps(tmp_path / "run") == [3, 5, 9]
+    resumed = train("--resume_from", tmp_path / "run", processes=2)
+    assert [child.code for child in resumed] == [0, 0]
+    assert result(tmp_path / "run") == told
+
+
+def test_fewer_episodes_than_processes_can_be_acted(flags, tmp_path):
+    own = ["--steps", 1, "--eval.env", "tabletop", "--eval.episodes", 1, "--run_dir", tmp_path / "run"]
+    children = train(*flags, *own, processes=2)
+    assert [child.code for child in children] == [0, 0], children[1].stderr
+    assert series(tmp_path / "run", "eval/success")[1] in (0, 1)
+
+
+def test_episodes_of_all_processes_count_in_the_success_rate():
+    def act(found):
+        def rollout(policy, env, seeds, record):
+            found["seeds"] = list(seeds)
+            return [evaluate.Episode(seed, "", success=seed % 3 == 0) for seed in seeds]
+
+        evaluate.rollout = rollout
+        found["values"], _ = evaluate.closed_loop(Accelerator(cpu=True), torch.nn.Identity(), "tabletop", episodes=7)
+
+    children = in_children(act, processes=2)
+    seeds = sorted(seed for child in children for seed in child.ok().found["seeds"])
+    assert seeds == list(range(sim.VALIDATION_SEEDS, sim.VALIDATION_SEEDS + 7))
+    expected = sum(seed % 3 == 0 for seed in seeds) / 7
+    assert [child.found["values"] for child in children] == [{"eval/success": expected}] * 2
+
+
+def untrained(data):
+    """A policy and the samples of all episodes, in order."""
+    dataset = LeRobotDataset(data)
+    small = ModelConfig(
+        width=32,
+        attention_heads=2,
+        vision_blocks=0,
+        language_layers=1,
+        head_layers=1,
+        chunk_size=4,
+        n_action_steps=2,
+        flow_steps=2,
+    )
+    policy = VLAPolicy(
+        PolicyConfig(small, dataset.cameras, dataset.image_size, dataset.state_names, dataset.action_names, dataset.fps)
+    )
+    samples = Samples(dataset, range(dataset.num_episodes), policy.tokenize, 4, seed=0, shuffle=False)
+    policy.set_statistics(*samples.statistics())
+    return policy, samples

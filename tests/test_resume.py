@@ -1,0 +1,159 @@
+"""A run that was killed and resumed is the run that was not, bit for bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from training import LAUNCH, ON_CPU, ROOT, TWO_PROCESSES, assert_equal, die_at, metrics, result, series, steps, train
+
+from vla.model import VLAPolicy
+
+MID_EPOCH, EPOCH_END = 5, 11  # checkpoints after 60 and after 132 samples; an epoch has 132
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(flags, tmp_path_factory):
+    """run(flag, value, …, processes) -> the folder of a run that nobody stopped, made once."""
+    made = {}
+
+    def run(*own, processes=1):
+        case = (*own, processes)
+        if case not in made:
+            made[case] = tmp_path_factory.mktemp("uninterrupted") / "run"
+            for child in train(*flags, *own, "--run_dir", made[case], processes=processes):
+                child.ok()
+        return made[case]
+
+    return run
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("stop", [MID_EPOCH, EPOCH_END], ids=["mid_epoch", "epoch_end"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resumed_run_equals_uninterrupted_run(workers, stop, accumulation, uninterrupted, flags, tmp_path):
+    run, micro = tmp_path / "run", ("--micro_batch_size", 12 // accumulation)
+    own = ("--data.workers", workers, "--checkpoint.every", stop)
+    (killed,) = train(*flags, *micro, *own, "--run_dir", run, before=die_at(stop + 2))
+    assert killed.code == -signal.SIGKILL
+    assert (steps(run)[-1], metrics(run)[-1]["step"]) == (stop, stop + 2)
+    (resumed,) = train("--resume_from", run)
+    assert f"resumed from {run}/checkpoints/step_{stop:08d}" in resumed.ok().stderr
+    assert_equal(run, uninterrupted(*micro))
+
+
+def test_run_resumed_with_other_workers_equals_uninterrupted_run(uninterrupted, flags, tmp_path):
+    train(*flags, "--data.workers", 2, "--run_dir", tmp_path / "run", before=die_at(7))
+    (resumed,) = train("--resume_from", tmp_path / "run", "--data.workers", 1)
+    resumed.ok()
+    assert_equal(tmp_path / "run", uninterrupted("--micro_batch_size", 12))
+
+
+def test_run_killed_from_outside_and_resumed_equals_uninterrupted_run(uninterrupted, flags, tmp_path):
+    run, own = tmp_path / "run", ("--steps", "80", "--checkpoint.every", "20", "--eval.every", "0")
+    process = start([sys.executable, "train.py", *flags, *own, "--run_dir", str(run)])
+    wait_for_step(run, 23, process)
+    process.kill()
+    process.wait()
+    assert steps(run)[-1] < metrics(run)[-1]["step"] < 80
+    (resumed,) = train("--resume_from", run)
+    resumed.ok()
+    assert_equal(run, uninterrupted(*own))
+
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    assert len(list((run / "tensorboard").iterdir())) == 2
+    logged = {event.step: event.value for event in events.Scalars("train/loss")}
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 81))
+    assert logged == pytest.approx(series(run, "train/loss"), rel=1e-6)  # TensorBoard keeps float32
+
+
+def test_two_processes_killed_and_resumed_equal_uninterrupted_processes(uninterrupted, flags, tmp_path):
+    run, own = tmp_path / "run", ("--steps", "60", "--micro_batch_size", "3", "--checkpoint.every", "20")
+    launch = [*LAUNCH, *TWO_PROCESSES, "--main_process_port", "0", "--mixed_precision", "no", "train.py"]
+    process = start([*launch, *flags, *own, "--run_dir", str(run)])
+    wait_for_step(run, 23, process)
+    # Every process at once: the launcher's workers are no members of its process group.
+    everyone = [*psutil.Process(process.pid).children(recursive=True), process]
+    for one in everyone:
+        one.kill()
+    process.wait()
+    assert len(everyone) == 3
+    assert steps(run)[-1] < metrics(run)[-1]["step"] < 60
+    resumed = start([*launch, "--resume_from", str(run)])
+    assert resumed.wait(60) == 0
+    assert result(run)["processes"] == 2
+    assert_equal(run, uninterrupted(*own, processes=2))
+
+
+def test_run_killed_twice_before_it_logs_again_misses_no_step_in_its_metrics(uninterrupted, flags, tmp_path):
+    def die_at_first_forward(found):
+        VLAPolicy.forward = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+
+    train(*flags, "--run_dir", tmp_path / "run", before=die_at(7))
+    (killed,) = train("--resume_from", tmp_path / "run", before=die_at_first_forward)
+    assert killed.code == -signal.SIGKILL
+    (resumed,) = train("--resume_from", tmp_path / "run")
+    resumed.ok()
+    assert list(series(tmp_path / "run", "train/loss")) == list(range(1, 17))
+    assert_equal(tmp_path / "run", uninterrupted("--micro_batch_size", 12))
+
+
+def test_going_back_to_an_older_checkpoint_abandons_the_newer_ones(flags, tmp_path):
+    run, own = tmp_path / "run", ("--checkpoint.every", "4", "--checkpoint.keep", "9", "--eval.every", "0")
+    (whole,) = train(*flags, *own, "--run_dir", run)
+    whole.ok()
+    assert steps(run) == [4, 8, 12, 16]
+    (killed,) = train("--resume_from", run / "checkpoints/step_00000004", "--steps", 15, before=die_at(10))
+    assert killed.code == -signal.SIGKILL
+    (resumed,) = train("--resume_from", run)
+    assert f"resumed from {run}/checkpoints/step_00000008" in resumed.ok().stderr
+    assert result(run)["step"] == 15
+    assert list(series(run, "train/loss")) == list(range(1, 16))
+
+
+def test_newest_checkpoint_survives_the_rotation_after_going_back(flags, tmp_path):
+    run, own = tmp_path / "run", ("--checkpoint.every", "4", "--checkpoint.keep", "9", "--eval.every", "0")
+    train(*flags, *own, "--run_dir", run)
+    (killed,) = train("--resume_from", run / "checkpoints/step_00000004", "--checkpoint.keep", 1, before=die_at(10))
+    assert killed.code == -signal.SIGKILL
+    assert 8 in steps(run)
+
+
+def test_resuming_a_finished_run_leaves_it_as_it_is(flags, tmp_path):
+    (whole,) = train(*flags, "--run_dir", tmp_path / "run")
+    whole.ok()
+    before, lines = result(tmp_path / "run"), metrics(tmp_path / "run")
+    (again,) = train("--resume_from", tmp_path / "run")
+    assert "steps      16 to 16" in again.ok().stderr
+    assert result(tmp_path / "run") == before
+    assert metrics(tmp_path / "run") == lines
+
+
+def test_auto_starts_a_run_and_then_goes_on_with_it(uninterrupted, flags, tmp_path):
+    same_command = [*flags, "--micro_batch_size", 12, "--run_dir", tmp_path / "run", "--resume_from", "auto"]
+    (killed,) = train(*same_command, before=die_at(7))
+    assert "weights from scratch" in killed.stderr
+    (resumed,) = train(*same_command)
+    assert f"resumed from {tmp_path}/run/checkpoints/step_00000005" in resumed.ok().stderr
+    assert_equal(tmp_path / "run", uninterrupted("--micro_batch_size", 12))
+
+
+def start(words):
+    """A command in a process of its own, which goes on while the test does."""
+    return subprocess.Popen(words, cwd=ROOT, env=os.environ | ON_CPU, stderr=subprocess.DEVNULL)
+
+
+def wait_for_step(run, step, process):
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        if (run / "metrics.jsonl").exists():
+            lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+            if any(json.loads(line)["step"] >= step for line in lines if line.endswith("\n")):
+                return
+        time.sleep(0.005)
+    raise AssertionError(f"the run never logged step {step}; exit code {process.poll()}")
