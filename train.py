@@ -37,8 +37,8 @@ def main(config: configuration.TrainConfig) -> None:
     from vla.optim import EMA, parameter_groups, schedule
 
     # ---- What can be wrong with the input is found here, before any process group exists.
-    started, run_dir = time.perf_counter(), Path(config.run_dir)
-    micro_batch, accumulation = configuration.accumulation(config, int(os.environ.get("WORLD_SIZE", 1)))
+    started, run_dir, world_size = time.perf_counter(), Path(config.run_dir), int(os.environ.get("WORLD_SIZE", 1))
+    micro_batch, accumulation = configuration.accumulation(config, world_size)
     resuming = configuration.resume_folder(config) is not None
     checkpoints = checkpoint.prepare(run_dir, resuming)
     if config.deterministic:
@@ -70,6 +70,11 @@ def main(config: configuration.TrainConfig) -> None:
             f"gradient_accumulation_steps is set to {accelerator.gradient_accumulation_steps} by YAML or environment, "
             f"but it follows from the batch sizes and is {accumulation}; take it out of there"
         )
+    if accelerator.num_processes != world_size:
+        raise InputError(
+            f"{world_size} processes were launched, but each would train alone on {accelerator.device.type}: "
+            "the YAML is for GPUs that are not here; take another, or set ACCELERATE_USE_CPU=true"
+        )
     device, main_process = accelerator.device, accelerator.is_main_process
     if config.compile:
         policy.compile()  # in place, so that the names of saved weights stay as they are
@@ -86,8 +91,11 @@ def main(config: configuration.TrainConfig) -> None:
         state |= checkpoint.load(accelerator, found, ema)
         origin = f"resumed from {found}"
     first_step = step = state["step"]
+    if steps < first_step:
+        raise InputError(f"--steps {steps} is behind the checkpoint, which is of step {first_step}; give at least that")
     seconds_before = state["seconds"]
     skipped = torch.tensor(state["skipped_updates"], device=device)
+    bad_in_a_row = torch.zeros((), device=device)
     if main_process:
         configuration.save(config, run_dir / "config.json")
 
@@ -149,6 +157,7 @@ def main(config: configuration.TrainConfig) -> None:
                     norm = accelerator.clip_grad_norm_(trained, config.optim.clip or math.inf)
                     bad = (~torch.isfinite(norm)).float()
                     skipped += bad.long()
+                    bad_in_a_row = (bad_in_a_row + 1) * bad
                     if accelerator.scaler is None:  # the fp16 scaler does the same by itself
                         optimizer.optimizer.found_inf = bad  # a fused step leaves the weights alone, without a wait
                 optimizer.step()
@@ -164,14 +173,12 @@ def main(config: configuration.TrainConfig) -> None:
             values = accelerator.reduce(torch.stack([*sums.values(), norm.float()]), "mean").tolist()
             values = dict(zip([*(f"train/{name}" for name in sums), "train/grad_norm"], values, strict=True))
             values |= {f"lr/{group['name']}": group["lr"] for group in optimizer.param_groups}
-            values |= {"train/skipped_updates": skipped.item()}
-            if values["train/skipped_updates"] - state["skipped_updates"] >= config.log.every:
+            log.metrics(step, values | {"train/skipped_updates": skipped.item()} | log.performance(step))
+            if (count := int(bad_in_a_row.item())) >= max(2, config.log.every):
                 raise FloatingPointError(
-                    f"loss or gradients were not finite in each of the {config.log.every} steps up to step {step}; "
-                    f"the last checkpoint is intact: lower --optim.lr, or look at the data at these steps"
+                    f"loss or gradients were not finite in each of the {count} steps up to step {step}; the last "
+                    "checkpoint is intact: lower --optim.lr, or look at the data at these steps"
                 )
-            state["skipped_updates"] = values["train/skipped_updates"]
-            log.metrics(step, values | log.performance(step))
 
         improved = (step == steps or (config.eval.every and step % config.eval.every == 0)) and evaluated()
         if improved or out_of_patience() or step == steps or step % config.checkpoint.every == 0:
@@ -195,6 +202,9 @@ def main(config: configuration.TrainConfig) -> None:
         card = f"Trained on {config.data.path}; the best of {step} steps of {config.global_batch_size} samples"
         export(best, run_dir / "export", f"{card} was step {state['best_step']}.")
     log.close(state)
+    accelerator.wait_for_everyone()
+    output = None  # it and the model hold DDP's reducer, which has to go before the process group: its end could hang
+    model, optimizer = accelerator.free_memory(model, optimizer)
     accelerator.end_training()
 
 

@@ -32,10 +32,10 @@ def main(run: Path, out: Path) -> None:
     low, high = (100 * edge for edge in final["interval"])
     rate = 100 * final["success_rate"]
     successes.errorbar([steps[-1]], [rate], [[rate - low], [high - rate]], fmt="s", color="#111", capsize=4)
-    successes.annotate(f"{rate:.0f} % of {final['episodes']} new scenes", (steps[-1], rate), (-10, -22), ha="right",
+    successes.annotate(f"{rate:.0f} % of {final['episodes']} new scenes", (steps[-1], rate), (-4, -90), ha="right",
                        textcoords="offset points")  # fmt: skip
     successes.set(xlabel="optimizer step", ylabel="success, %", ylim=(-3, 103), title="Success in closed loop")
-    successes.legend(frameon=False, loc="center left")
+    successes.legend(frameon=False, loc="upper left")
     with Image.open(run / "rollout.gif") as gif:
         gif.seek(gif.n_frames // 4)
         pictures.imshow(np.asarray(gif.convert("RGB")))

@@ -271,7 +271,7 @@ def test_environment_of_another_robot_is_refused(other_robot, flags, tmp_path):
         ("model.freeze", ("vision_encoder",), ("language_model",)),
         ("global_batch_size", 64, 32),
         ("optim.lr", 0.0003, 0.01),
-        ("optim.module_lrs", {"action_head": 0.0001}, {"action_head": 0.5}),
+        ("optim.module_lrs", (("action_head", 0.0001),), (("action_head", 0.5),)),
         ("optim.ema", 0.999, 0.5),
         ("init_from", "", "elsewhere"),
         ("run_dir", "run", "elsewhere"),
@@ -280,7 +280,7 @@ def test_environment_of_another_robot_is_refused(other_robot, flags, tmp_path):
 def test_resumed_run_refuses_a_flag_that_disagrees_and_names_both_values(flag, old, new, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_run(tmp_path / "run", "--model.freeze", "vision_encoder", "--optim.module_lrs", "action_head", "1e-4")
-    words = new.items() if isinstance(new, dict) else new if isinstance(new, tuple) else [new]
+    words = new if isinstance(new, tuple) else [new]
     given = [str(word) for part in words for word in (part if isinstance(part, tuple) else [part])]
     with pytest.raises(InputError, match="disagree") as refused:
         config.parse(["--resume_from", "run", f"--{flag}", *given])
@@ -375,8 +375,8 @@ def all_different(cls, default):
             values[name] = old + 1
         elif isinstance(old, str):
             values[name] = old + "x"
-        elif isinstance(old, dict):
-            values[name] = {"action_head": 0.5}
+        elif name == "module_lrs":
+            values[name] = (("action_head", 0.5),)
         else:
             kind = typing.get_args(kinds[name])[0]
             values[name] = (kind(7), kind(9))

@@ -181,12 +181,17 @@ def versions() -> dict[str, str]:
     }
 
 
-def _commit(temporary: Path, final: Path) -> None:
+def file_mode() -> int:
+    """What the umask says a new file's mode is."""
     umask = os.umask(0)
     os.umask(umask)
+    return 0o666 & ~umask
+
+
+def _commit(temporary: Path, final: Path) -> None:
     files = {}
     for path in sorted(temporary.iterdir()):
-        path.chmod(0o666 & ~umask)  # safetensors leaves 0600
+        path.chmod(file_mode())  # safetensors leaves 0600
         _flush(path)
         files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
     _write_json(temporary / "MANIFEST.json", {"files": files})

@@ -5,6 +5,7 @@ Nothing here imports torch, so that `--help` and a wrong flag answer at once.
 
 import dataclasses
 import json
+import math
 import typing
 from dataclasses import dataclass, field
 from functools import partial
@@ -92,7 +93,7 @@ class OptimConfig:
     # Peak learning rate.
     lr: float = 3e-4
     # Learning rates of single modules, as name and rate: vision_encoder 1e-4 action_head 5e-4.
-    module_lrs: dict[str, float] = field(default_factory=dict)
+    module_lrs: tuple[tuple[str, float], ...] = ()
     # Shape of the learning rate over the run, after the warm-up.
     schedule: Literal["constant", "linear", "cosine", "step", "wsd"] = "cosine"
     # Steps over which the rate rises from 0.
@@ -245,10 +246,12 @@ def from_dict(cls, data: dict, where: str):
     for name, value in data.items():
         if dataclasses.is_dataclass(kinds[name]):
             value = from_dict(kinds[name], value, where)
-        elif isinstance(value, list):
-            value = tuple(value)
-        values[name] = value
+        values[name] = _tuples(value)
     return cls(**values)
+
+
+def _tuples(value):
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def flatten(config, prefix: str = "") -> dict[str, object]:
@@ -264,7 +267,13 @@ def load(path: Path) -> TrainConfig:
     """The TrainConfig that `save` wrote. Raises InputError where there is none or it is not of this version."""
     if not path.is_file():
         raise InputError(f"{path} is missing, so {path.parent} is no run folder; expected one that train.py made")
-    return from_dict(TrainConfig, json.loads(path.read_text()), str(path))
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as failure:
+        raise InputError(f"{path} is not JSON ({failure}); restore it, or start a new run") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds {type(content).__name__}, expected a run's settings; restore it")
+    return from_dict(TrainConfig, content, str(path))
 
 
 def save(config: TrainConfig, path: Path) -> None:
@@ -324,16 +333,17 @@ def validate(config: TrainConfig) -> None:
             raise InputError(f"--{name} is missing; give a folder")
     if config.steps and config.epochs:
         raise InputError(f"found --steps {config.steps} and --epochs {config.epochs}; give one of them")
-    for flag, names in (("model.freeze", model.freeze), ("optim.module_lrs", optim.module_lrs)):
+    for flag, names in (("model.freeze", model.freeze), ("optim.module_lrs", dict(optim.module_lrs))):
         if unknown := sorted(set(names) - set(MODULES)):
             raise InputError(f"--{flag} names {', '.join(unknown)}; the modules are {', '.join(MODULES)}")
     if set(model.freeze) == set(MODULES):
         raise InputError("--model.freeze names every module, so there is nothing to train; leave one out")
-    if frozen := sorted(set(optim.module_lrs) & set(model.freeze)):
+    if frozen := sorted(set(dict(optim.module_lrs)) & set(model.freeze)):
         raise InputError(
             f"--optim.module_lrs gives a rate to {', '.join(frozen)}, which --model.freeze freezes; drop one"
         )
     bounds = {
+        "seed": (0, 2**32 - 1),
         "global_batch_size": (1, None),
         "micro_batch_size": (0, None),
         "steps": (0, None),
@@ -357,10 +367,13 @@ def validate(config: TrainConfig) -> None:
         "log.every": (1, None),
     }
     values = flatten(config)
-    for name, (low, high) in bounds.items():
-        if values[name] < low or (high is not None and values[name] > high):
+    checks = [(name, values[name], bounds[name]) for name in bounds]
+    checks += [("optim.module_lrs", rate, (0, None)) for _, rate in optim.module_lrs]
+    checks += [("optim.betas", beta, (0, 0.999999)) for beta in optim.betas]
+    for name, value, (low, high) in checks:
+        if not (math.isfinite(value) and low <= value and (high is None or value <= high)):
             limit = f"at least {low}" + (f" and at most {high}" if high is not None else "")
-            raise InputError(f"--{name} is {values[name]}; expected {limit}")
+            raise InputError(f"--{name} is {value}; expected {limit}")
     if config.eval.metric == "success" and not config.eval.env:
         raise InputError("--eval.metric success needs an environment to act in; give --eval.env, such as tabletop")
     if config.data.val_fraction == 0 and config.eval.metric != "success":

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import resource
 import sys
 import time
@@ -55,8 +56,10 @@ class RunLog:
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first_step]
         for line in kept:
             self.last |= {name: value for name, value in json.loads(line).items() if name != "step"}
-        self.file = path.open("w")
-        self.file.writelines(kept)
+        shortened = path.with_suffix(".tmp")
+        shortened.write_text("".join(kept))
+        shortened.replace(path)  # whole or not at all: a run may be killed here again
+        self.file = path.open("a")
         terminal = sys.stderr.isatty()
         self.bar = tqdm(
             total=steps, initial=first_step, unit="step", dynamic_ncols=True, mininterval=0.5 if terminal else 10
@@ -98,8 +101,9 @@ class RunLog:
         """Numbers of this step, for every tracker, metrics.jsonl and the bar."""
         if not self.accelerator.is_main_process:
             return
-        self.last.update(values)
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        # JSON has no NaN: what is not finite becomes null.
+        self.last |= {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self.file.write(json.dumps({"step": step} | {name: self.last[name] for name in values}) + "\n")
         self.file.flush()
         self.accelerator.log(values, step=step)
         names = {
@@ -108,7 +112,8 @@ class RunLog:
             "eval/success": "success",
             "perf/samples_per_second": "samples/s",
         }
-        self.bar.set_postfix({short: f"{self.last[name]:.4g}" for name, short in names.items() if name in self.last})
+        known = {short: self.last.get(name) for name, short in names.items()}
+        self.bar.set_postfix({short: f"{value:.4g}" for short, value in known.items() if value is not None})
 
     def say(self, text: str) -> None:
         """A line for people, above the bar."""

@@ -19,7 +19,7 @@ def parameter_groups(policy: nn.Module, config: OptimConfig) -> list[dict]:
     }
     groups = []
     for name in MODULES:
-        peak = config.module_lrs.get(name, config.lr)
+        peak = dict(config.module_lrs).get(name, config.lr)
         trained = [p for p in getattr(policy, name).parameters() if p.requires_grad]
         for suffix, decay, parameters in (
             ("", config.weight_decay, [p for p in trained if id(p) in decaying]),
