@@ -325,6 +325,13 @@ def accumulation(config: TrainConfig, world_size: int) -> tuple[int, int]:
     return micro or share, share // (micro or share)
 
 
+def within(name: str, value: float, low: float, high: float | None) -> None:
+    """Raises InputError, naming the flag, for a value out of bounds or not finite. high: None for no bound."""
+    if not (math.isfinite(value) and low <= value and (high is None or value <= high)):
+        limit = f"at least {low}" + (f" and at most {high}" if high is not None else "")
+        raise InputError(f"--{name} is {value}; expected {limit}")
+
+
 def validate(config: TrainConfig) -> None:
     """Raises InputError for the first value that cannot work, naming flag and cure."""
     model, optim = config.model, config.optim
@@ -370,10 +377,8 @@ def validate(config: TrainConfig) -> None:
     checks = [(name, values[name], bounds[name]) for name in bounds]
     checks += [("optim.module_lrs", rate, (0, None)) for _, rate in optim.module_lrs]
     checks += [("optim.betas", beta, (0, 0.999999)) for beta in optim.betas]
-    for name, value, (low, high) in checks:
-        if not (math.isfinite(value) and low <= value and (high is None or value <= high)):
-            limit = f"at least {low}" + (f" and at most {high}" if high is not None else "")
-            raise InputError(f"--{name} is {value}; expected {limit}")
+    for name, value, bound in checks:
+        within(name, value, *bound)
     if config.eval.metric == "success" and not config.eval.env:
         raise InputError("--eval.metric success needs an environment to act in; give --eval.env, such as tabletop")
     if config.data.val_fraction == 0 and config.eval.metric != "success":

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vla import InputError, keyed
-from vla.config import MODULES, LossConfig, ModelConfig, from_dict
+from vla.config import MODULES, LossConfig, ModelConfig, from_dict, within
 from vla.model.backbone import PATCH, LanguageModel, VisionEncoder, tokenize
 from vla.model.heads import HEADS
 from vla.model.normalize import Normalizer
@@ -174,11 +174,8 @@ def check(config: PolicyConfig) -> None:
         "label_smoothing": (0, 0.99),
         "max_tokens": (2 * PATCH, None),
     }
-    for name, (low, high) in bounds.items():
-        value = getattr(model, name)
-        if not (low <= value and (high is None or value <= high)):
-            limit = f"at least {low}" + (f" and at most {high}" if high is not None else "")
-            raise InputError(f"--model.{name} is {value}; expected {limit}")
+    for name, bound in bounds.items():
+        within(f"model.{name}", getattr(model, name), *bound)
     if model.width % (8 * model.attention_heads) or model.width < 16:
         raise InputError(
             f"--model.width {model.width} is no multiple of 8 x --model.attention_heads {model.attention_heads}, "
