@@ -74,8 +74,10 @@ class Samples(Dataset):
         shuffle: bool,
     ):
         self.data, self.chunk_size, self.seed, self.shuffle = data, chunk_size, seed, shuffle
-        self.first = data.episode_from[episodes]
-        self.ends = np.cumsum(data.episode_to[episodes] - self.first)  # of each episode, in frames of these episodes
+        first = data.episode_from[episodes]
+        lengths = data.episode_to[episodes] - first
+        self.ends = np.cumsum(lengths)  # of each episode, in frames of these episodes
+        self.offset = first - (self.ends - lengths)  # from frames of these episodes to frames of the data set
         self.tokens, self.token_mask = tokenize(data.instructions)  # [tasks, T]
 
     def __len__(self) -> int:
@@ -89,15 +91,12 @@ class Samples(Dataset):
             index = permute(position % len(self), len(self), keyed.derive(self.seed, -1 - epoch))
         index = index.numpy()
         episode = np.searchsorted(self.ends, index, side="right")
-        begin = np.concatenate([[0], self.ends])[episode]
-        return self.first[episode] + index - begin
+        return index + self.offset[episode]
 
     def statistics(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """Of the states and of the actions of these frames, and of no others (see vla.data.stats)."""
-        lengths = np.diff(self.ends, prepend=0)
-        frames = np.concatenate(
-            [np.arange(first, first + length) for first, length in zip(self.first, lengths, strict=True)]
-        )
+        index = np.arange(len(self))
+        frames = index + self.offset[np.searchsorted(self.ends, index, side="right")]
         return statistics(self.data.state[frames]), statistics(self.data.actions[frames])
 
     def __getitems__(self, positions) -> dict[str, Tensor]:
