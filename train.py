@@ -15,7 +15,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from vla import InputError
+from vla import InputError, NotSaved
 from vla import config as configuration
 
 
@@ -32,15 +32,18 @@ def main(config: configuration.TrainConfig) -> None:
     from vla.data.lerobot import LeRobotDataset
     from vla.data.stream import Samples, loader, split, training_positions
     from vla.export import export, init_from
+    from vla.guard import Guard, Signals
     from vla.log import RunLog
     from vla.model import PolicyConfig, VLAPolicy
     from vla.optim import EMA, parameter_groups, schedule
 
     # ---- What can be wrong with the input is found here, before any process group exists.
-    started, run_dir, world_size = time.perf_counter(), Path(config.run_dir), int(os.environ.get("WORLD_SIZE", 1))
+    started, run_dir = time.perf_counter(), Path(config.run_dir)
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     micro_batch, accumulation = configuration.accumulation(config, world_size)
     resuming = configuration.resume_folder(config) is not None
-    checkpoints = checkpoint.prepare(run_dir, resuming)
+    checkpoints = checkpoint.prepare(run_dir, resuming, rank)
+    signals = Signals(run_dir)
     if config.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read once, when CUDA starts
         torch.backends.cudnn.benchmark = False
@@ -84,18 +87,20 @@ def main(config: configuration.TrainConfig) -> None:
     ema = EMA(policy, config.optim.ema) if config.optim.ema else None
 
     # ---- Resume: one integer places the data, the learning rate and the logs.
-    state = {"step": 0, "best": None, "best_step": None, "evaluations_since_best": 0}
-    state |= {"skipped_updates": 0, "seconds": 0.0}
+    state = {"step": 0, "best": None, "best_step": None, "evaluations_since_best": 0, "evaluated": None, "score": None}
+    state |= {"metric": config.eval.metric, "seconds": 0.0, "rollbacks": 0, "left_out": []}
+    state |= {"skipped_updates": 0, "bad_in_a_row": 0, "loss_average": 0.0}
     if resuming:
-        found = checkpoint.find_together(accelerator, config.resume_from, checkpoints)
-        state |= checkpoint.load(accelerator, found, ema)
+        saved, found = checkpoint.restore(accelerator, config.resume_from, checkpoints, ema)
+        if saved["metric"] != config.eval.metric:  # what was best by another measure tells nothing
+            saved |= {
+                name: state[name] for name in ("best", "best_step", "evaluations_since_best", "evaluated", "metric")
+            }
+        state |= saved
         origin = f"resumed from {found}"
-    first_step = step = state["step"]
+    first_step = step = saved_step = state["step"]
     if steps < first_step:
         raise InputError(f"--steps {steps} is behind the checkpoint, which is of step {first_step}; give at least that")
-    seconds_before = state["seconds"]
-    skipped = torch.tensor(state["skipped_updates"], device=device)
-    bad_in_a_row = torch.zeros((), device=device)
     if main_process:
         configuration.save(config, run_dir / "config.json")
 
@@ -110,19 +115,38 @@ def main(config: configuration.TrainConfig) -> None:
         f"steps      {first_step} to {steps}: {steps * config.global_batch_size / len(train_samples):.1f} epochs in all"
     )
 
+    saver = checkpoint.Saver(
+        accelerator,
+        checkpoints,
+        policy,
+        asdict(policy.config),
+        optimizer,
+        ema,
+        config.checkpoint.keep,
+        config.checkpoint.keep_every,
+    )
+    guard = Guard(accelerator, config.guard, signals, log.say, train_samples.describe)
+    guard.load(state)
+
     def evaluated() -> bool:
         """Evaluate, log, keep the score; true if it is the best so far. All processes agree: values are reduced."""
-        values = {}
+        values, go_on = {}, lambda: guard.go_on(f"evaluating at step {step}")
         with ema.applied() if ema else contextlib.nullcontext():
             if len(val_samples):
-                values |= evaluate.held_out(accelerator, policy, val_samples, config.eval.samples, micro_batch)
-            if config.eval.env:
-                success, recorded = evaluate.closed_loop(accelerator, policy, config.eval.env, config.eval.episodes)
-                values |= success
-                if main_process:
-                    log.video(step, "rollout", rollout.grid(recorded), data.fps)
+                values = evaluate.held_out(accelerator, policy, val_samples, config.eval.samples, micro_batch, go_on)
+            if config.eval.env and values is not None:
+                success, recorded = evaluate.closed_loop(
+                    accelerator, policy, config.eval.env, config.eval.episodes, go_on=go_on
+                )
+                values = None if success is None else values | success
+        if values is None:  # a signal came; the resumed run begins with this evaluation
+            guard.stopping = True
+            return False
+        if config.eval.env and main_process:
+            log.video(step, "rollout", rollout.grid(recorded), data.fps)
         log.metrics(step, values)
         value, sign = values[f"eval/{config.eval.metric}"], -1 if config.eval.metric == "success" else 1
+        state.update(evaluated=step, score=sign * value if math.isfinite(value) else None)
         better = state["best"] is None or sign * value < sign * state["best"] - config.eval.min_delta
         if better and math.isfinite(value):
             state.update(best=value, best_step=step, evaluations_since_best=0)
@@ -133,12 +157,58 @@ def main(config: configuration.TrainConfig) -> None:
     def out_of_patience() -> bool:
         return 0 < config.eval.patience <= state["evaluations_since_best"]
 
-    # ---- The loop. One turn is one optimizer step, from positions [step · G, (step + 1) · G) of the stream.
-    positions = training_positions(
-        first_step, steps, config.global_batch_size, micro_batch, accelerator.process_index, accelerator.num_processes
-    )
-    batches = iter(loader(train_samples, positions, config.data.workers, pin_memory=device.type == "cuda"))
-    while step < steps and not out_of_patience():
+    def batches_from(step: int):
+        place = (micro_batch, accelerator.process_index, accelerator.num_processes, state["left_out"])
+        positions = training_positions(step, steps, config.global_batch_size, *place)
+        return iter(loader(train_samples, positions, config.data.workers, pin_memory=device.type == "cuda"))
+
+    def went_back(window: tuple[int, int]) -> dict:
+        """Load the last checkpoint from before these steps, whose samples are left out from now on."""
+        what = f"{window[1]} updates in a row up to step {sum(window)} were not finite"
+        cure = "lower --optim.lr, or look at these samples"
+        if state["rollbacks"] == config.guard.rollbacks:
+            raise FloatingPointError(
+                f"{what}, and the run has gone back {state['rollbacks']} times (--guard.rollbacks); "
+                f"the last checkpoint is intact: {cure}"
+            )
+        paths = checkpoint.all_steps(checkpoints)
+        later = [path for saved, path in paths.items() if saved > window[0]]
+        try:
+            before, path = checkpoint.restore(
+                accelerator, str(run_dir), checkpoints, ema, later if len(later) < len(paths) else []
+            )
+        except InputError as failure:
+            raise FloatingPointError(f"{what}, and there is nothing to go back to ({failure}): {cure}") from None
+        log.say(f"{what}: going back to {path}, and on without the samples of these steps")
+        return before | {"rollbacks": state["rollbacks"] + 1, "left_out": [*before["left_out"], window]}
+
+    # ---- The loop. A turn is what is due between two steps, then one optimizer step, from G positions of the stream.
+    batches, seconds_before = batches_from(step), state["seconds"]
+    while True:
+        evaluating = step == steps or (step > 0 and config.eval.every > 0 and step % config.eval.every == 0)
+        evaluating = evaluating and state["evaluated"] != step
+        saving = step % config.checkpoint.every == 0 and step != saved_step
+        if evaluating or saving or guard.stopping:
+            guard.catch_up()
+        if guard.given_up:
+            raise NotSaved(f"stopped at step {step}: {checkpoint.FAILURES} saves in a row failed, the warnings say why")
+        if guard.window:
+            saver.settle()
+            state |= went_back(guard.window)
+            step = saved_step = state["step"]
+            guard.load(state)
+            log.go_back(step)
+            batches = batches_from(step)
+            continue
+        improved = evaluating and not guard.stopping and evaluated()
+        ending = step == steps or guard.stopping or out_of_patience()
+        if improved or saving or (ending and (evaluating or step != saved_step)):
+            state |= guard.state() | {"step": step, "seconds": seconds_before + time.perf_counter() - started}
+            saver.save(state)
+            saved_step = step
+        if ending:
+            break
+
         rate = schedule(config.optim, step, steps)
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * rate
@@ -146,18 +216,19 @@ def main(config: configuration.TrainConfig) -> None:
         sums: dict[str, torch.Tensor] = {}
         for _ in range(accumulation):
             with log.waiting_for_data():
+                guard.go_on(f"waiting for the data of step {step + 1}")
                 batch = next(batches)
             if step == 0 and not sums:
                 log.images(step, "first_batch", batch["images"][:8].numpy())
+            guard.go_on(f"computing step {step + 1}")
             batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
             with accelerator.accumulate(model):  # gradients cross processes with the last micro-batch alone
                 output = model(batch)
-                accelerator.backward(output["loss"])
+                loss = guard.checked(output["loss"], output.pop("sample_loss"), batch["position"])
+                accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(trained, config.optim.clip or math.inf)
-                    bad = (~torch.isfinite(norm)).float()
-                    skipped += bad.long()
-                    bad_in_a_row = (bad_in_a_row + 1) * bad
+                    bad = guard.judged(norm)
                     if accelerator.scaler is None:  # the fp16 scaler does the same by itself
                         optimizer.optimizer.found_inf = bad  # a fused step leaves the weights alone, without a wait
                 optimizer.step()
@@ -167,43 +238,41 @@ def main(config: configuration.TrainConfig) -> None:
         if ema:
             ema.update(step)
         step += 1
+        guard.step(step, saver.given_up)
         log.step()
 
         if step % config.log.every == 0 or step == steps:
             values = accelerator.reduce(torch.stack([*sums.values(), norm.float()]), "mean").tolist()
             values = dict(zip([*(f"train/{name}" for name in sums), "train/grad_norm"], values, strict=True))
             values |= {f"lr/{group['name']}": group["lr"] for group in optimizer.param_groups}
-            log.metrics(step, values | {"train/skipped_updates": skipped.item()} | log.performance(step))
-            if (count := int(bad_in_a_row.item())) >= max(2, config.log.every):
-                raise FloatingPointError(
-                    f"loss or gradients were not finite in each of the {count} steps up to step {step}; the last "
-                    "checkpoint is intact: lower --optim.lr, or look at the data at these steps"
-                )
+            log.metrics(step, values | {"train/skipped_updates": guard.skipped.item()} | log.performance(step))
+        log.saves(step, *saver.report())
 
-        improved = (step == steps or (config.eval.every and step % config.eval.every == 0)) and evaluated()
-        if improved or out_of_patience() or step == steps or step % config.checkpoint.every == 0:
-            state |= {"step": step, "skipped_updates": skipped.item()}
-            state["seconds"] = seconds_before + time.perf_counter() - started
-            checkpoint.save(accelerator, checkpoints, state, asdict(policy.config), ema)
-            if main_process:
-                keep, keep_every = config.checkpoint.keep, config.checkpoint.keep_every
-                checkpoint.rotate(checkpoints, step, keep, keep_every, state["best_step"])
+    saver.finish()
+    log.saves(step, *saver.report())
 
-    # ---- The end: the best weights as one folder, and the result.
+    # ---- The end: the best weights as one folder, and the result; or a mark that there is more to do.
     if out_of_patience():
         log.say(
             f"stopped at step {step}: eval/{config.eval.metric} got no better in {config.eval.patience} evaluations"
         )
-    if state["best_step"] is None:
-        raise FloatingPointError(f"eval/{config.eval.metric} was never finite, so there is nothing good to export")
-    if main_process:
-        best = checkpoints / f"step_{state['best_step']:08d}"
-        checkpoint.verify(best)
-        card = f"Trained on {config.data.path}; the best of {step} steps of {config.global_batch_size} samples"
-        export(best, run_dir / "export", f"{card} was step {state['best_step']}.")
-    log.close(state)
+    elif state["evaluated"] != steps:
+        log.say(f"stopped at step {step} by {signals.received or 'another process'}; {run_dir} can be resumed")
+        if main_process:
+            signals.mark(f"stopped at step {step} of {steps}")
+    if out_of_patience() or state["evaluated"] == steps:
+        if state["best_step"] is None:
+            raise FloatingPointError(f"eval/{config.eval.metric} was never finite, so there is nothing good to export")
+        if main_process:
+            best = checkpoint.find(str(run_dir / "best"), checkpoints)
+            card = f"Trained on {config.data.path}; the best of {step} steps of {config.global_batch_size} samples"
+            export(best, run_dir / "export", f"{card} was step {int(best.name[-8:])}.")
+        log.result(state)
+    log.close()
     accelerator.wait_for_everyone()
-    output = None  # it and the model hold DDP's reducer, which has to go before the process group: its end could hang
+    output = loss = (
+        None  # they and the model hold DDP's reducer, which has to go before the process group: else its end could hang
+    )
     model, optimizer = accelerator.free_memory(model, optimizer)
     accelerator.end_training()
 
@@ -211,7 +280,7 @@ def main(config: configuration.TrainConfig) -> None:
 if __name__ == "__main__":
     try:
         main(configuration.parse(sys.argv[1:]))
-    except (InputError, FloatingPointError) as error:
+    except (InputError, NotSaved, FloatingPointError) as error:
         if int(os.environ.get("RANK", 0)) == 0:  # every process finds the same fault: say it once
             print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -35,7 +35,7 @@ def layouts(flags, tmp_path_factory):
                 found["keys"] += batch["key"].tolist()
             return original(self, batch)
 
-        def keep_weights(_, run_log, state):
+        def keep_weights(*_):
             found["weights"] = {name: value.numpy().copy() for name, value in policies[0].state_dict().items()}
 
         policies = []
@@ -160,7 +160,7 @@ def test_accelerate_config_launches_training(name, flags, tmp_path):
 def test_global_batch_that_cannot_be_split_is_refused_by_every_process_in_one_line(flags, tmp_path):
     first, second = train(*flags, "--global_batch_size", 13, "--run_dir", tmp_path / "run", processes=2)
     assert (first.code, second.code) == (1, 1)
-    assert first.stderr == "error: --global_batch_size 13 cannot be split over 2 processes; 12 or 14 can\n"
+    assert first.stderr == "error: --global_batch_size 13 cannot be split over 2 processes; 12 or 14 can; or launch 1 of them\n"
     assert second.stderr == ""
     assert not (tmp_path / "run").exists()
 
@@ -228,7 +228,7 @@ def test_fewer_episodes_than_processes_can_be_acted(flags, tmp_path):
 
 def test_episodes_of_all_processes_count_in_the_success_rate():
     def act(found):
-        def rollout(policy, env, seeds, record):
+        def rollout(policy, env, seeds, record, go_on):
             found["seeds"] = list(seeds)
             return [evaluate.Episode(seed, "", success=seed % 3 == 0) for seed in seeds]
 

@@ -149,11 +149,13 @@ def start(words):
 
 
 def wait_for_step(run, step, process):
+    """Until it has logged this step and committed a checkpoint."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None:
         if (run / "metrics.jsonl").exists():
             lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
-            if any(json.loads(line)["step"] >= step for line in lines if line.endswith("\n")):
+            logged = max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=0)
+            if logged >= step and steps(run):
                 return
         time.sleep(0.005)
     raise AssertionError(f"the run never logged step {step}; exit code {process.poll()}")

@@ -165,22 +165,30 @@ def after(function_owner, name: str, then: Callable) -> None:
 
 
 def die_at(step: int) -> Callable[[dict], None]:
-    """A hook that kills the process, as kill -9 does, once it has logged `step`."""
+    """A hook that kills the process, as kill -9 does, once it has logged `step` and its last save is committed."""
 
     def hook(found: dict) -> None:
+        savers = []
+
         def die(_, run_log, logged, values):
             if logged == step:
+                savers[0].settle()
                 os.kill(os.getpid(), signal.SIGKILL)
 
+        after(checkpoint.Saver, "__init__", lambda _, saver, *rest, **named: savers.append(saver))
         after(log.RunLog, "metrics", die)
 
     return hook
 
 
 def metrics(run: Path) -> list[dict]:
-    """The lines of metrics.jsonl, without what a clock or the memory says."""
+    """The lines of metrics.jsonl, without what a clock, the memory or a save in the background says."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith(("perf/", "memory/"))} for line in lines]
+    return [line for line in map(_repeatable, lines) if line.keys() != {"step"}]
+
+
+def _repeatable(values: dict) -> dict:
+    return {name: value for name, value in values.items() if not name.startswith(("perf/", "memory/", "save/"))}
 
 
 def series(run: Path, name: str) -> dict[int, float]:
@@ -193,7 +201,7 @@ def series(run: Path, name: str) -> dict[int, float]:
 def result(run: Path) -> dict:
     """result.json without what a clock, the memory or the run's name says."""
     content = json.loads((run / "result.json").read_text())
-    last = {k: v for k, v in content.pop("last").items() if not k.startswith(("perf/", "memory/"))}
+    last = _repeatable(content.pop("last"))
     return {k: v for k, v in content.items() if k not in ("seconds", "peak_memory_gb", "config")} | {"last": last}
 
 

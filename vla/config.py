@@ -143,6 +143,19 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class GuardConfig:
+    # Updates skipped in a row, as loss or gradient was not finite, until the run goes back to its last good checkpoint
+    # and leaves these samples out.
+    bad_steps: int = 10
+    # Times that it goes back until it stops.
+    rollbacks: int = 3
+    # A loss beyond this many times its running average is not learned either (0: off).
+    spike_factor: float = 0.0
+    # Seconds without any progress after which a process ends the run and says who hangs (0: never).
+    hang_seconds: float = 600.0
+
+
+@dataclass(frozen=True)
 class LogConfig:
     # Steps between log lines.
     every: int = 50
@@ -180,6 +193,7 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
 
@@ -194,6 +208,7 @@ MAY_CHANGE = (
     "data.workers",
     "eval.",
     "checkpoint.",
+    "guard.",
     "log.",
 )
 
@@ -311,9 +326,10 @@ def accumulation(config: TrainConfig, world_size: int) -> tuple[int, int]:
     total, micro = config.global_batch_size, config.micro_batch_size
     if total % world_size:
         fitting = max(total // world_size, 1) * world_size
+        processes = [size for size in range(1, 2 * world_size + 1) if total % size == 0]
         raise InputError(
             f"--global_batch_size {total} cannot be split over {world_size} processes; "
-            f"{fitting} or {fitting + world_size} can"
+            f"{fitting} or {fitting + world_size} can; or launch {' or '.join(map(str, processes))} of them"
         )
     share = total // world_size
     if micro and share % micro:
@@ -371,6 +387,10 @@ def validate(config: TrainConfig) -> None:
         "checkpoint.every": (1, None),
         "checkpoint.keep": (1, None),
         "checkpoint.keep_every": (0, None),
+        "guard.bad_steps": (1, None),
+        "guard.rollbacks": (0, None),
+        "guard.spike_factor": (0, None),
+        "guard.hang_seconds": (0, None),
         "log.every": (1, None),
     }
     values = flatten(config)

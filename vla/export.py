@@ -38,7 +38,7 @@ def export(source: Path, out: Path, summary: str) -> None:
     policy.save_pretrained(temporary)
     (temporary / "README.md").write_text(_card(policy, summary))
     for path in temporary.iterdir():
-        path.chmod(checkpoint.file_mode())  # safetensors leaves 0600
+        path.chmod(checkpoint.file_mode(temporary))  # safetensors leaves 0600
     shutil.rmtree(out, ignore_errors=True)
     temporary.rename(out)
 

@@ -47,23 +47,40 @@ class RunLog:
         accelerator.init_trackers("vla")
         if not accelerator.is_main_process:
             return
-        if first_step == 0:
-            for open_tracker in accelerator.trackers:
-                if open_tracker.name == "tensorboard":
-                    open_tracker.log({"config": _markdown(config)}, step=0)
+        if first_step == 0 and (writer := self._tensorboard()):
+            writer.add_text("config", _markdown(config), 0)
+        self._keep_until(first_step)
+        terminal = sys.stderr.isatty()
+        self.bar = tqdm(
+            total=steps, initial=first_step, unit="step", dynamic_ncols=True, mininterval=0.5 if terminal else 10
+        )
+
+    def go_back(self, step: int) -> None:
+        """What was logged after `step` is forgotten: the run went back to it."""
+        if not self.accelerator.is_main_process:
+            return
+        self.file.close()
+        self._keep_until(step)
+        if writer := self._tensorboard():
+            from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+            # What SummaryWriter(purge_step=…) writes when it starts: readers then drop the later events before it.
+            writer._get_file_writer().add_event(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
+        self.bar.n = step
+        self.bar.refresh()
+
+    def _keep_until(self, step: int) -> None:
+        """Open metrics.jsonl with the lines up to a step."""
         path = self.run_dir / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first_step]
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        self.last = {}
         for line in kept:
             self.last |= {name: value for name, value in json.loads(line).items() if name != "step"}
         shortened = path.with_suffix(".tmp")
         shortened.write_text("".join(kept))
         shortened.replace(path)  # whole or not at all: a run may be killed here again
         self.file = path.open("a")
-        terminal = sys.stderr.isatty()
-        self.bar = tqdm(
-            total=steps, initial=first_step, unit="step", dynamic_ncols=True, mininterval=0.5 if terminal else 10
-        )
 
     @contextmanager
     def waiting_for_data(self):
@@ -139,12 +156,23 @@ class RunLog:
             writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
             writer.flush()
 
-    def close(self, state: dict) -> None:
-        """Write result.json and close what is open. state: the trainer's counters at the end."""
+    def saves(self, step: int, metrics: dict[str, float], problems: list[str]) -> None:
+        """What became of checkpoints (see Saver.report)."""
+        if metrics:
+            self.metrics(step, metrics)
+        for problem in problems:
+            self.say(f"warning: {problem}")
+
+    def close(self) -> None:
+        """Close what is open."""
+        if self.accelerator.is_main_process:
+            self.bar.close()
+            self.file.close()
+
+    def result(self, state: dict) -> None:
+        """Write result.json. state: the trainer's counters at the end."""
         if not self.accelerator.is_main_process:
             return
-        self.bar.close()
-        self.file.close()
         cuda = self.accelerator.device.type == "cuda"
         result = {
             **state,

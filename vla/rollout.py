@@ -41,8 +41,11 @@ def rollout(
     record: int = 0,
     progress: bool = False,
     see: Callable[[int, dict], dict] = lambda episode, observation: observation,
+    go_on: Callable[[], bool] = lambda: True,
 ) -> list[Episode]:
     """One episode for each seed, up to batch_size at once with their inference in one batch.
+
+    Once go_on() is false no further action is taken, and only the episodes that are done are returned.
 
     A policy executes the first n_action_steps of each chunk. The first `record` episodes keep their frames. `see` makes
     of an episode's number and observation what the policy sees. Results do not depend on batch_size but for rounding.
@@ -55,6 +58,8 @@ def rollout(
         batch = [Episode(seed, world.instruction) for world, seed in zip(worlds, seeds[start:], strict=False)]
         running = list(range(len(worlds)))
         while running:
+            if not go_on():
+                return [*episodes, *(episode for i, episode in enumerate(batch) if i not in running)]
             if policy == "expert":
                 chunks = np.stack([worlds[i].expert() for i in running])[:, None]  # [running, 1, A]
             else:

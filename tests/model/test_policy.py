@@ -187,10 +187,10 @@ def test_loss_is_the_weighted_sum_of_its_terms():
     weights = {"l1": 0.5, "mse": 2.0, "bce": 3.0, "lm": 0.25}
     policy = tiny(head="regression", gripper_dims=(2,), loss=LossConfig(**weights))
     output = policy(random_batch(policy))
-    assert output.keys() == {"loss", *weights}
+    assert output.keys() == {"loss", "sample_loss", *weights}
     torch.testing.assert_close(output["loss"], sum(weight * output[name] for name, weight in weights.items()))
     assert output["loss"].requires_grad
-    assert not any(output[name].requires_grad for name in weights)
+    assert not any(output[name].requires_grad for name in ("sample_loss", *weights))
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -200,9 +200,11 @@ def test_loss_of_a_batch_is_the_mean_of_the_losses_of_its_samples(head):
     together = policy(batch)
     alone = [policy(rows(batch, slice(b, b + 1))) for b in range(B)]
     halves = [policy(rows(batch, slice(b, b + 4))) for b in (0, 4)]
+    sample_loss = together.pop("sample_loss")
     for name in together:
         for parts in (alone, halves):
             torch.testing.assert_close(torch.stack([part[name] for part in parts]).mean(), together[name])
+    torch.testing.assert_close(sample_loss, torch.stack([part["loss"] for part in alone]).detach())
 
 
 def test_language_loss_equals_a_loop_over_the_bytes_of_each_instruction():

@@ -6,7 +6,7 @@ slice of them. So one integer, the step, resumes a run, and any number of proces
 samples with the same keys.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -93,6 +93,16 @@ class Samples(Dataset):
         episode = np.searchsorted(self.ends, index, side="right")
         return index + self.offset[episode]
 
+    def describe(self, positions: list[int]) -> str:
+        """Where the samples at these positions of the stream lie in the data set."""
+        frames = self.frames(torch.tensor(positions))
+        episodes = np.searchsorted(self.data.episode_to, frames, side="right")
+        named = [
+            f"position {position} (frame {frame - self.data.episode_from[episode]} of episode {episode})"
+            for position, frame, episode in zip(positions, frames, episodes, strict=True)
+        ]
+        return ", ".join(named[:8]) + (f" and {len(named) - 8} more" if len(named) > 8 else "")
+
     def statistics(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """Of the states and of the actions of these frames, and of no others (see vla.data.stats)."""
         index = np.arange(len(self))
@@ -117,10 +127,22 @@ class Samples(Dataset):
 
 
 def training_positions(
-    first_step: int, steps: int, global_batch: int, micro_batch: int, rank: int, world_size: int
+    first_step: int,
+    steps: int,
+    global_batch: int,
+    micro_batch: int,
+    rank: int,
+    world_size: int,
+    left_out: Sequence[tuple[int, int]] = (),
 ) -> Iterator[range]:
-    """The positions of this process's micro-batches, from `first_step` on, in order."""
-    for step in range(first_step, steps):
+    """The positions of this process's micro-batches, from `first_step` on, in order.
+
+    left_out: windows (first step, number of steps) whose positions no step takes, in the order they were found.
+    """
+    for turn in range(first_step, steps):
+        step = turn
+        for first, count in reversed(left_out):
+            step += count if step >= first else 0
         for start in range(
             step * global_batch + rank * micro_batch, (step + 1) * global_batch, world_size * micro_batch
         ):

@@ -97,7 +97,7 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
             return self.vision_encoder(images.float() / 127.5 - 1)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The loss, a weighted sum of terms, and each term; all are means over the samples (scalars)."""
+        """The loss, a weighted sum of terms, and each term, all means over the samples (scalars); sample_loss [B]."""
         tokens, token_mask, weights = batch["tokens"], batch["token_mask"], self.config.model.loss
         image_tokens = self.encode_images(batch["images"])
         with self._autograd("vision_encoder", "language_model"):
@@ -108,9 +108,10 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
         )
         if weights.lm:
             terms["lm"] = self.language_model.loss(image_tokens, tokens, token_mask)
+        sample_loss = sum(getattr(weights, name) * term.detach() for name, term in terms.items())
         terms = {name: term.mean() for name, term in terms.items()}
         loss = sum(getattr(weights, name) * term for name, term in terms.items())
-        return {"loss": loss, **{name: term.detach() for name, term in terms.items()}}
+        return {"loss": loss, "sample_loss": sample_loss, **{name: term.detach() for name, term in terms.items()}}
 
     @torch.no_grad()
     def predict_chunk(self, batch: dict[str, Tensor]) -> Tensor:
