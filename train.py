@@ -115,16 +115,7 @@ def main(config: configuration.TrainConfig) -> None:
         f"steps      {first_step} to {steps}: {steps * config.global_batch_size / len(train_samples):.1f} epochs in all"
     )
 
-    saver = checkpoint.Saver(
-        accelerator,
-        checkpoints,
-        policy,
-        asdict(policy.config),
-        optimizer,
-        ema,
-        config.checkpoint.keep,
-        config.checkpoint.keep_every,
-    )
+    saver = checkpoint.Saver(accelerator, checkpoints, policy, asdict(policy.config), optimizer, ema, config.checkpoint)
     guard = Guard(accelerator, config.guard, signals, log.say, train_samples.describe)
     guard.load(state)
 
@@ -180,7 +171,7 @@ def main(config: configuration.TrainConfig) -> None:
         except InputError as failure:
             raise FloatingPointError(f"{what}, and there is nothing to go back to ({failure}): {cure}") from None
         log.say(f"{what}: going back to {path}, and on without the samples of these steps")
-        return before | {"rollbacks": state["rollbacks"] + 1, "left_out": [*before["left_out"], window]}
+        return before | {"rollbacks": state["rollbacks"] + 1, "left_out": [*state["left_out"], window]}
 
     # ---- The loop. A turn is what is due between two steps, then one optimizer step, from G positions of the stream.
     batches, seconds_before = batches_from(step), state["seconds"]

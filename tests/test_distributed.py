@@ -160,7 +160,10 @@ def test_accelerate_config_launches_training(name, flags, tmp_path):
 def test_global_batch_that_cannot_be_split_is_refused_by_every_process_in_one_line(flags, tmp_path):
     first, second = train(*flags, "--global_batch_size", 13, "--run_dir", tmp_path / "run", processes=2)
     assert (first.code, second.code) == (1, 1)
-    assert first.stderr == "error: --global_batch_size 13 cannot be split over 2 processes; 12 or 14 can; or launch 1 of them\n"
+    assert (
+        first.stderr
+        == "error: --global_batch_size 13 cannot be split over 2 processes; 12 or 14 can; or launch 1 of them\n"
+    )
     assert second.stderr == ""
     assert not (tmp_path / "run").exists()
 

@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from vla import InputError, NotSaved
+from vla.config import CheckpointConfig
 from vla.optim import EMA
 
 logger = logging.getLogger(__name__)
@@ -86,9 +87,7 @@ def _lock(run_dir: Path, patience: float = 60) -> None:
     handle, deadline = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT), time.monotonic() + patience
     while True:
         try:
-            fcntl.lockf(
-                handle, fcntl.LOCK_EX | fcntl.LOCK_NB
-            )  # of this process alone: its loader's workers don't hold it
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # its own: what it forks does not hold it
             break
         except OSError:
             if time.monotonic() > deadline:
@@ -120,13 +119,12 @@ class Saver:
         folder: Path,
         policy: nn.Module,
         policy_config: dict,
-        optimizer,
+        optimizer: torch.optim.Optimizer,
         ema: EMA | None,
-        keep: int,
-        keep_every: int,
+        config: CheckpointConfig,
     ):
         self.accelerator, self.folder, self.policy, self.policy_config = accelerator, folder, policy, policy_config
-        self.optimizer, self.ema, self.keep, self.keep_every = optimizer, ema, keep, keep_every
+        self.optimizer, self.ema, self.config = optimizer, ema, config
         self.cuda = accelerator.device.type == "cuda"
         self.failures = 0  # in a row
         self.good: set[Path] = set()  # verified by this process
@@ -261,7 +259,7 @@ class Saver:
             raise
         verify(final)
         self.good.add(final)
-        rotate(self.folder, state, self.keep, self.keep_every, self._is_good)
+        rotate(self.folder, state, self.config, self._is_good)
         seconds = time.perf_counter() - began
         return {"save/blocked_seconds": blocked, "save/commit_seconds": seconds, "save/bytes": size}
 
@@ -295,19 +293,17 @@ def _commit(temporary: Path, final: Path) -> int:
     return sum(entry["bytes"] for entry in files.values())
 
 
-def rotate(folder: Path, state: dict, keep: int, keep_every: int, is_good: Callable[[Path], bool]) -> None:
-    """Delete all but the newest `keep` good ones, the best, and multiples of keep_every.
+def rotate(folder: Path, state: dict, config: CheckpointConfig, is_good: Callable[[Path], bool]) -> None:
+    """Delete all but the newest good ones, the best, and those to keep for good.
 
     Call it after committing and verifying step state["step"]. Checkpoints of later steps are deleted too: they are of a
     future that was left by resuming from before it.
     """
     steps = {step: path for step, path in all_steps(folder).items() if step <= state["step"]}
     good = [path for path in reversed(steps.values()) if is_good(path)]
-    kept = {*good[:keep], *(path for step, path in steps.items() if keep_every and step % keep_every == 0)}
-    kept.add(best(state, [path for path in good if path in steps.values()]))
-    if not good:
-        return
-    for path in all_steps(folder).values():
+    regular = [path for step, path in steps.items() if config.keep_every and step % config.keep_every == 0]
+    kept = {*good[: config.keep], *regular, best(state, good)}
+    for path in all_steps(folder).values() if good else ():
         if path not in kept:
             _delete(path)
 

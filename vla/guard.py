@@ -132,7 +132,8 @@ class Guard:
         self.watchdog = Watchdog(accelerator, config.hang_seconds)
         self.stopping = False  # agreed on by all: save and stop
         self.given_up = False  # agreed on by all: too many saves have failed
-        self.window: tuple[int, int] | None = None  # agreed on by all: go back, and skip these steps of the stream
+        self.window: tuple[int, int] | None = None  # agreed on by all: go back, and leave these steps' samples out
+        signals.saves = True
 
     def load(self, state: dict) -> None:
         """Take the counters of a checkpoint, or of the start."""

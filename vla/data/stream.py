@@ -101,7 +101,7 @@ class Samples(Dataset):
             f"position {position} (frame {frame - self.data.episode_from[episode]} of episode {episode})"
             for position, frame, episode in zip(positions, frames, episodes, strict=True)
         ]
-        return ", ".join(named[:8]) + (f" and {len(named) - 8} more" if len(named) > 8 else "")
+        return ", ".join(named[:4]) + (f" and {len(named) - 4} more" if len(named) > 4 else "")
 
     def statistics(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """Of the states and of the actions of these frames, and of no others (see vla.data.stats)."""
