@@ -261,9 +261,8 @@ def main(config: configuration.TrainConfig) -> None:
         log.result(state)
     log.close()
     accelerator.wait_for_everyone()
-    output = loss = (
-        None  # they and the model hold DDP's reducer, which has to go before the process group: else its end could hang
-    )
+    # They and the model hold DDP's reducer, which has to go before the process group: else its end could hang.
+    output = loss = None
     model, optimizer = accelerator.free_memory(model, optimizer)
     accelerator.end_training()
 

@@ -312,7 +312,7 @@ def best(state: dict, good: list[Path]) -> Path | None:
     """The best of these good checkpoints: the one that `state` names, or if it was lost, that of the lowest score."""
     scores = {}
     for path in good:
-        saved = json.loads((path / "trainer_state.json").read_text())
+        saved = read_state(path)
         if saved["step"] == state["best_step"]:
             return path
         if saved["evaluated"] == saved["step"] and saved["metric"] == state["metric"] and saved["score"] is not None:
@@ -380,9 +380,7 @@ def load(accelerator: Accelerator, path: Path, ema: EMA | None) -> dict:
     accelerator.step = 0  # saves fall between steps; a process new to this run has no file to read its count from
     if ema is not None:
         ema.load(load_file(path / "ema.safetensors"))
-    state = json.loads((path / "trainer_state.json").read_text())
-    del state["versions"]
-    return state
+    return read_state(path)
 
 
 def restore(
@@ -441,7 +439,7 @@ def find(resume_from: str, folder: Path, passed_over: Iterable[Path] = ()) -> Pa
     if NAME.fullmatch(Path(resume_from).name):
         verify(Path(resume_from))
         return Path(resume_from)
-    good = []
+    best_wanted, good = Path(resume_from).name == "best", []
     for path in reversed(all_steps(folder).values()):
         if path in passed_over:
             continue
@@ -450,12 +448,12 @@ def find(resume_from: str, folder: Path, passed_over: Iterable[Path] = ()) -> Pa
         except InputError as failure:
             logger.warning("%s; trying the one before it", failure)
             continue
-        good.append(path)
-        if Path(resume_from).name != "best":
+        if not best_wanted:
             return path
+        good.append(path)
     if not good:
         raise InputError(f"{folder} holds no good checkpoint to resume from; start a new run in another --run_dir")
-    found = best(json.loads((good[0] / "trainer_state.json").read_text()), good)
+    found = best(read_state(good[0]), good)
     if found is None:
         raise InputError(f"no checkpoint of {folder.parent} was judged best yet; resume from {folder.parent} itself")
     return found
@@ -476,6 +474,13 @@ def find_together(accelerator: Accelerator, resume_from: str, folder: Path, pass
 
 
 # ---- Small things.
+
+
+def read_state(path: Path) -> dict:
+    """The trainer's counters in a checkpoint, as `Saver.save` got them."""
+    state = json.loads((path / "trainer_state.json").read_text())
+    del state["versions"]
+    return state
 
 
 def versions() -> dict[str, str]:
