@@ -1,15 +1,17 @@
 # make demo    the whole job on this machine: collect, train, export, act (about 5 minutes on 2 cores)
 # make test    all tests        make lint    ruff        make setup    the environment        make clean    remove what these made
+# make chaos   kill a whole training job KILLS times, resume it, compare with one that was not stopped (100: half an hour)
 
 PYTHON ?= python3
 BIN := .venv/bin
+KILLS ?= 100
 
 DEMO_POLICY := --model.width 64 --model.attention_heads 4 --model.mlp_ratio 2 --model.vision_stride 8 --model.vision_blocks 0 \
 	--model.language_layers 2 --model.head_layers 2 --model.max_tokens 56 --model.chunk_size 8 --model.n_action_steps 2
 DEMO_OPTIM := --global_batch_size 32 --optim.lr 1.5e-3 --optim.warmup_steps 100 --optim.weight_decay 1e-4 --optim.ema 0.995
 DEMO_HEAD := --model.head regression --model.gripper_dims 2 --model.loss.mse 0.9 --model.loss.l1 0.1
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test chaos lint clean
 
 setup: .venv/ready .venv/ready-dev
 
@@ -36,10 +38,13 @@ demo: .venv/ready
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
+chaos: setup
+	OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= $(BIN)/python tests/chaos.py --kills $(KILLS)
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf .venv data/demo runs/demo .pytest_cache .ruff_cache
+	rm -rf .venv data/demo runs/demo runs/chaos .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

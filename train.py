@@ -12,6 +12,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -66,7 +67,11 @@ def main(config: configuration.TrainConfig) -> None:
         rollout.check_fits(policy.config, config.eval.env)
 
     # ---- Accelerator. It does not get the loader, whose order is arithmetic (vla/data/stream.py), nor the schedule.
-    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
+    # To look for unused parameters keeps DDP from sorting its buckets anew after the first step, by which a resumed run
+    # would add up the gradients of three and more processes in another order than one that was not stopped.
+    ddp = DistributedDataParallelKwargs(
+        gradient_as_bucket_view=True, broadcast_buffers=False, find_unused_parameters=True
+    )
     accelerator = Accelerator(gradient_accumulation_steps=accumulation, project_dir=run_dir, kwargs_handlers=[ddp])
     if accelerator.gradient_accumulation_steps != accumulation:
         raise InputError(
@@ -87,15 +92,19 @@ def main(config: configuration.TrainConfig) -> None:
     ema = EMA(policy, config.optim.ema) if config.optim.ema else None
 
     # ---- Resume: one integer places the data, the learning rate and the logs.
-    state = {"step": 0, "best": None, "best_step": None, "evaluations_since_best": 0, "evaluated": None, "score": None}
-    state |= {"metric": config.eval.metric, "seconds": 0.0, "rollbacks": 0, "left_out": []}
+    unjudged = {"best": None, "best_step": None, "evaluations_since_best": 0, "evaluated": None}
+    unjudged |= {"metric": config.eval.metric}
+    state = unjudged | {"step": 0, "score": None, "seconds": 0.0, "rollbacks": 0, "left_out": []}
     state |= {"skipped_updates": 0, "bad_in_a_row": 0, "loss_average": 0.0}
-    if resuming:
-        saved, found = checkpoint.restore(accelerator, config.resume_from, checkpoints, ema)
+
+    def restored(resume_from: str, passed_over: Iterable[Path] = ()) -> tuple[dict, Path]:
+        saved, path = checkpoint.restore(accelerator, resume_from, checkpoints, ema, passed_over)
         if saved["metric"] != config.eval.metric:  # what was best by another measure tells nothing
-            saved |= {
-                name: state[name] for name in ("best", "best_step", "evaluations_since_best", "evaluated", "metric")
-            }
+            saved |= unjudged
+        return saved, path
+
+    if resuming:
+        saved, found = restored(config.resume_from)
         state |= saved
         origin = f"resumed from {found}"
     first_step = step = saved_step = state["step"]
@@ -104,7 +113,7 @@ def main(config: configuration.TrainConfig) -> None:
     if main_process:
         configuration.save(config, run_dir / "config.json")
 
-    log = RunLog(accelerator, config, first_step, steps)
+    log = RunLog(accelerator, config, first_step, steps, evaluated=state["evaluated"] == first_step)
     log.say(
         f"data       {config.data.path}: {len(train_samples)} frames of {len(train_episodes)} episodes to train on, "
         f"{len(val_samples)} frames of {len(val_episodes)} held out\n"
@@ -155,19 +164,18 @@ def main(config: configuration.TrainConfig) -> None:
 
     def went_back(window: tuple[int, int]) -> dict:
         """Load the last checkpoint from before these steps, whose samples are left out from now on."""
-        what = f"{window[1]} updates in a row up to step {sum(window)} were not finite"
-        cure = "lower --optim.lr, or look at these samples"
+        what = f"{window[1]} updates in a row, up to step {sum(window)}, were skipped"
+        cure = "look at the samples named above, or start a new run with a lower --optim.lr"
         if state["rollbacks"] == config.guard.rollbacks:
             raise FloatingPointError(
-                f"{what}, and the run has gone back {state['rollbacks']} times (--guard.rollbacks); "
+                f"{what}, and the run has gone back {state['rollbacks']} times before (--guard.rollbacks); "
                 f"the last checkpoint is intact: {cure}"
             )
+        guard.go_on("going back")
         paths = checkpoint.all_steps(checkpoints)
         later = [path for saved, path in paths.items() if saved > window[0]]
         try:
-            before, path = checkpoint.restore(
-                accelerator, str(run_dir), checkpoints, ema, later if len(later) < len(paths) else []
-            )
+            before, path = restored(str(checkpoints), later if len(later) < len(paths) else [])
         except InputError as failure:
             raise FloatingPointError(f"{what}, and there is nothing to go back to ({failure}): {cure}") from None
         log.say(f"{what}: going back to {path}, and on without the samples of these steps")
@@ -188,12 +196,14 @@ def main(config: configuration.TrainConfig) -> None:
             state |= went_back(guard.window)
             step = saved_step = state["step"]
             guard.load(state)
-            log.go_back(step)
+            log.go_back(step, evaluated=state["evaluated"] == step)
             batches = batches_from(step)
             continue
         improved = evaluating and not guard.stopping and evaluated()
         ending = step == steps or guard.stopping or out_of_patience()
-        if improved or saving or (ending and (evaluating or step != saved_step)):
+        # A signal may have ended the run here, before the evaluation: then that is saved beside what was.
+        if improved or saving or (evaluating if step == saved_step else ending):
+            guard.go_on(f"saving step {step}")
             state |= guard.state() | {"step": step, "seconds": seconds_before + time.perf_counter() - started}
             saver.save(state)
             saved_step = step
@@ -239,6 +249,7 @@ def main(config: configuration.TrainConfig) -> None:
             log.metrics(step, values | {"train/skipped_updates": guard.skipped.item()} | log.performance(step))
         log.saves(step, *saver.report())
 
+    guard.go_on("waiting for the last checkpoint")
     saver.finish()
     log.saves(step, *saver.report())
 
@@ -248,7 +259,8 @@ def main(config: configuration.TrainConfig) -> None:
             f"stopped at step {step}: eval/{config.eval.metric} got no better in {config.eval.patience} evaluations"
         )
     elif state["evaluated"] != steps:
-        log.say(f"stopped at step {step} by {signals.received or 'another process'}; {run_dir} can be resumed")
+        why = signals.received or "a signal to another process"
+        log.say(f"stopped at step {step} of {steps} by {why}; go on with --resume_from {run_dir}")
         if main_process:
             signals.mark(f"stopped at step {step} of {steps}")
     if out_of_patience() or state["evaluated"] == steps:
@@ -261,6 +273,7 @@ def main(config: configuration.TrainConfig) -> None:
         log.result(state)
     log.close()
     accelerator.wait_for_everyone()
+    guard.watchdog.close()
     # They and the model hold DDP's reducer, which has to go before the process group: else its end could hang.
     output = loss = None
     model, optimizer = accelerator.free_memory(model, optimizer)
@@ -272,5 +285,7 @@ if __name__ == "__main__":
         main(configuration.parse(sys.argv[1:]))
     except (InputError, NotSaved, FloatingPointError) as error:
         if int(os.environ.get("RANK", 0)) == 0:  # every process finds the same fault: say it once
-            print(f"error: {error}", file=sys.stderr)
+            from tqdm import tqdm
+
+            tqdm.write(f"error: {error}", file=sys.stderr)  # on a line of its own, above a progress bar
         sys.exit(1)

@@ -49,3 +49,21 @@ def flags(data):
         *("--optim.warmup_steps", "4", "--optim.lr", "1e-3"),
         *("--eval.every", "7", "--eval.samples", "5", "--checkpoint.every", "5", "--log.every", "1"),
     ]
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(flags, tmp_path_factory):
+    """run(flag, value, …, processes, before) -> the folder of a run that nobody stopped, made once."""
+    from training import train
+
+    made = {}
+
+    def run(*own, processes=1, before=None):
+        case = (*own, processes, before)
+        if case not in made:
+            made[case] = tmp_path_factory.mktemp("uninterrupted") / "run"
+            for child in train(*flags, *own, "--run_dir", made[case], processes=processes, before=before):
+                child.ok()
+        return made[case]
+
+    return run

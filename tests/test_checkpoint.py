@@ -1,24 +1,24 @@
 """A checkpoint is whole or it is not there, and one is always left."""
 
-import itertools
+import errno
+import hashlib
 import json
 import logging
 import os
-import resource
 import shutil
-import stat
 import sys
 from pathlib import Path
 
+import accelerate
 import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
-from training import after, command, in_children, last, result, steps, train
+from training import after, assert_equal, command, die_at, in_children, last, result, steps, train
 
 from vla import InputError, checkpoint, config, export
 from vla.model import VLAPolicy
-from vla.optim import EMA, parameter_groups
+from vla.optim import parameter_groups
 
 FILES = (
     "MANIFEST.json",
@@ -38,11 +38,15 @@ def trained(flags, tmp_path_factory):
     """
 
     def predict_at_each_save(found):
-        found["predictions"], policies, batches = {}, [], []
+        found["predictions"], found["buffers"], policies, batches, buffers = {}, [], [], [], []
 
-        def predict(_, accelerator, folder, state, policy_config, ema):
+        def begin(_, saver, *rest):
+            buffers.append(saver.buffer.result())
+
+        def predict(_, saver, state):
+            found["buffers"].append(saver.buffer.result() is buffers[0])
             batch = {name: value[:3] for name, value in batches[0].items()}
-            with ema.applied():
+            with saver.ema.applied():
                 policies[0].eval()
                 found["predictions"][state["step"]] = policies[0].predict_chunk(batch).numpy()
                 policies[0].train()
@@ -54,7 +58,8 @@ def trained(flags, tmp_path_factory):
 
         VLAPolicy.forward = forward
         after(VLAPolicy, "__init__", lambda _, policy, *rest: policies.append(policy))
-        after(checkpoint, "save", predict)
+        after(checkpoint.Saver, "__init__", begin)
+        after(checkpoint.Saver, "save", predict)
 
     run = tmp_path_factory.mktemp("trained") / "run"
     (child,) = train(*flags, "--checkpoint.keep", 9, "--run_dir", run, before=predict_at_each_save)
@@ -67,162 +72,7 @@ def run(trained, tmp_path):
     return Path(shutil.copytree(trained[0], tmp_path / "run"))
 
 
-# ---- Crashes.
-
-
-def small_training():
-    """What save takes: an accelerator with a prepared model and optimizer, and an average of the weights."""
-    torch.manual_seed(0)
-    accelerator = Accelerator(cpu=True)
-    model = torch.nn.Linear(2, 2)
-    optimizer = torch.optim.AdamW(model.parameters())
-    model, optimizer = accelerator.prepare(model, optimizer)
-    model(torch.ones(1, 2)).sum().backward()
-    optimizer.step()
-    return accelerator, EMA(accelerator.unwrap_model(model), 0.9)
-
-
-def commit(training, folder, step, best, keep=1):
-    accelerator, ema = training
-    checkpoint.save(accelerator, folder, {"step": step, "best_step": best}, {"policy": "config"}, ema)
-    checkpoint.rotate(folder, step, keep, 0, best)
-
-
-def crash_at(number):
-    """End the process, as kill -9 does, before the `number`-th line of vla/checkpoint.py, or the `number`-th call
-    that changes the file system, whichever the count of both reaches.
-    """
-    count = itertools.count()
-    changes = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "open"}
-
-    def tick():
-        if next(count) == number:
-            os._exit(9)
-
-    def trace(frame, event, _):
-        if frame.f_code.co_filename != checkpoint.__file__:
-            return None
-        if event == "line":
-            tick()
-        return trace
-
-    sys.addaudithook(lambda event, _: tick() if event in changes else None)
-    sys.settrace(trace)
-
-
-def check_after_crash(folder, allowed):
-    found = checkpoint.all_steps(folder)
-    for path in found.values():
-        checkpoint.verify(path)
-    assert checkpoint.find(str(folder.parent), folder).name in [f"step_{step:08d}" for step in allowed], list(found)
-
-
-@pytest.mark.parametrize("case", ["new", "replaces_a_damaged_one"])
-def test_crash_at_any_line_of_a_save_leaves_a_good_checkpoint(case, tmp_path):
-    def crash_at_every_line(found):
-        training = small_training()
-        before = tmp_path / "before/checkpoints"
-        before.mkdir(parents=True)
-        commit(training, before, 1, best=1)
-        commit(training, before, 2, best=1)
-        allowed, saved = {2, 3}, 3
-        if case == "replaces_a_damaged_one":  # the run was resumed from step 1
-            commit(training, before, 3, best=1, keep=2)
-            (before / "step_00000002/model.safetensors").write_bytes(b"damaged")
-            (before / "step_00000003/model.safetensors").write_bytes(b"damaged")
-            allowed, saved = {1, 2}, 2
-        for number in itertools.count():
-            folder = Path(shutil.copytree(before, tmp_path / f"{number}/checkpoints"))
-            damaged = {folder / f"step_{step:08d}" for step in (2, 3)} if case != "new" else set()
-            if (child := os.fork()) == 0:
-                crash_at(number)
-                commit(training, folder, saved, best=1)
-                os._exit(0)
-            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-            assert status in (0, 9)
-            for path in damaged & set(checkpoint.all_steps(folder).values()):
-                if (path / "model.safetensors").read_bytes() == b"damaged":
-                    shutil.rmtree(path)  # what was damaged before may be so still; all else must verify
-            check_after_crash(folder, allowed)
-            commit(training, folder, saved, best=1)  # the run goes on, and leaves no rest of the crash behind
-            check_after_crash(folder, {saved})
-            assert sorted(path.name for path in folder.iterdir()) == ["step_00000001", f"step_{saved:08d}"]
-            shutil.rmtree(tmp_path / f"{number}")
-            if status == 0:
-                found["lines"] = number
-                return
-
-    (child,) = in_children(crash_at_every_line)
-    assert child.ok().found["lines"] > 100
-
-
-def test_everything_is_on_the_disk_before_the_rename_commits(tmp_path):
-    def watch(found):
-        training, events, opened = small_training(), [], {}
-        open_, fsync, rename = os.open, os.fsync, Path.rename
-
-        def watched_open(path, *arguments, **named):
-            handle = open_(path, *arguments, **named)
-            opened[handle] = Path(path).name
-            return handle
-
-        def watched_rename(self, target):
-            events.append(f"rename to {target.name}")
-            return rename(self, target)
-
-        os.open, Path.rename = watched_open, watched_rename
-        os.fsync = lambda handle: (events.append(opened[handle]), fsync(handle))
-        commit(training, tmp_path, 1, best=None)
-        found["events"] = events
-
-    (child,) = in_children(watch)
-    events = child.ok().found["events"]
-    renamed = events.index("rename to step_00000001")
-    assert {*FILES, ".saving_step_00000001"} <= set(events[:renamed])
-    assert events.index("MANIFEST.json") > max(events.index(name) for name in FILES if name != "MANIFEST.json")
-    assert tmp_path.name in events[renamed:]
-
-
-@pytest.mark.parametrize(
-    ("place", "rank"), [("folder", 0), ("weights", 0), ("random_state", 1), ("commit", 0), ("full_disk", 0)]
-)
-def test_save_that_fails_on_one_process_fails_on_all_and_commits_nothing(place, rank, flags, tmp_path):
-    def fail(found):
-        def broken(*_, **__):
-            raise OSError(28, "No space left on device")
-
-        def mkdir(self, *arguments, original=Path.mkdir, **named):
-            (broken if self.name == ".saving_step_00000010" else original)(self, *arguments, **named)
-
-        def save_state(self, folder, original=Accelerator.save_state, **named):
-            if "step_00000010" not in folder:
-                return original(self, folder, **named)
-            if place == "full_disk":  # what the libraries themselves then raise
-                resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
-                return original(self, folder, **named)
-            return broken()
-
-        def rename(self, target, original=Path.rename):
-            return (broken if target.name == "step_00000010" else original)(self, target)
-
-        if int(os.environ["RANK"]) == rank:
-            if place == "folder":
-                Path.mkdir = mkdir
-            elif place == "commit":
-                Path.rename = rename
-            else:
-                Accelerator.save_state = save_state
-
-    own = ["--eval.every", 0, "--run_dir", tmp_path / "run"]
-    children = train(*flags, *own, before=fail, processes=2)
-    assert [child.code for child in children] == [1, 1], children[rank].stderr
-    assert ("No space left" if place != "full_disk" else "Error") in children[rank].stderr
-    assert "another process" in children[1 - rank].stderr
-    assert steps(tmp_path / "run") == [5]
-    checkpoint.verify(last(tmp_path / "run"))
-
-
-# ---- Verify, find, rotate.
+# ---- Damage.
 
 
 def flip(file):
@@ -231,11 +81,25 @@ def flip(file):
     file.write_bytes(content)
 
 
+def replace_by_folder(file):
+    file.unlink()
+    file.mkdir()
+
+
+def replace_by_link(file):
+    outside = file.parents[2] / file.name
+    file.rename(outside)
+    file.symlink_to(outside)
+
+
 DAMAGES = {
     "flipped bit": flip,
-    "truncated": lambda file: file.write_bytes(file.read_bytes()[:-1]),
+    "truncated": lambda file: file.write_bytes(file.read_bytes()[:-2]),
     "missing": lambda file: file.unlink(),
     "empty": lambda file: file.write_bytes(b""),
+    "folder": replace_by_folder,
+    "link": replace_by_link,
+    "grown": lambda file: file.write_bytes(file.read_bytes() + b"x"),
 }
 
 
@@ -245,19 +109,61 @@ def test_checkpoint_has_its_files_and_verifies(trained):
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("file", [name for name in FILES if name != "MANIFEST.json"])
-def test_verify_finds_a_damaged_file_and_names_it(file, damage, run):
-    DAMAGES[damage](last(run) / file)
-    with pytest.raises(InputError, match=file):
+@pytest.mark.parametrize("file", FILES)
+def test_damaged_file_is_found_and_named_and_the_next_older_checkpoint_taken(file, damage, run, caplog):
+    newest, second = list(checkpoint.all_steps(run / "checkpoints").values())[:-3:-1]
+    DAMAGES[damage](newest / file)
+    with pytest.raises(InputError, match=rf"{newest.name}.*{file}"):
+        checkpoint.verify(newest)
+    assert checkpoint.find(str(run), run / "checkpoints") == second
+    (message,) = caplog.messages
+    assert newest.name in message
+    assert file in message
+
+
+@pytest.mark.parametrize("file", [*FILES, ""], ids=[*FILES, "the folder"])
+def test_file_that_cannot_be_read_is_found_and_named(file, run, monkeypatch):
+    broken = last(run) / file
+
+    def failing(original):
+        def method(self, *arguments, **named):
+            if self == broken:
+                raise OSError(errno.EIO, "Input/output error", str(self))
+            return original(self, *arguments, **named)
+
+        return method
+
+    for name in ("open", "iterdir"):
+        monkeypatch.setattr(Path, name, failing(getattr(Path, name)))
+    with pytest.raises(InputError, match=rf"{last(run).name}.*{file}.*Input/output error"):
         checkpoint.verify(last(run))
 
 
-@pytest.mark.parametrize("content", [None, "", "{", "[]", "{}", '{"files": 3}', '{"files": {"model.safetensors": {}}}'])
-def test_verify_finds_a_missing_or_broken_manifest(content, run):
-    manifest = last(run) / "MANIFEST.json"
-    manifest.unlink() if content is None else manifest.write_text(content)
+def test_file_that_does_not_belong_to_a_checkpoint_is_found_and_named(run):
+    (last(run) / "extra").touch()
+    with pytest.raises(InputError, match="extra"):
+        checkpoint.verify(last(run))
+
+
+NO_MANIFESTS = ["{", "[]", "{}", '{"files": 3}', '{"files": {"model.safetensors": {}}}', "[" * 9999]
+
+
+@pytest.mark.parametrize("content", NO_MANIFESTS)
+def test_broken_manifest_is_found(content, run):
+    (last(run) / "MANIFEST.json").write_text(content)
     with pytest.raises(InputError, match=r"MANIFEST\.json"):
         checkpoint.verify(last(run))
+
+
+def test_flipped_bit_anywhere_in_the_manifest_is_found(run):
+    manifest = last(run) / "MANIFEST.json"
+    whole = manifest.read_bytes()
+    for place in range(len(whole)):
+        content = bytearray(whole)
+        content[place] ^= 1 << place % 8
+        manifest.write_bytes(content)
+        with pytest.raises(InputError):
+            checkpoint.verify(last(run))
 
 
 def test_find_falls_back_to_the_next_older_checkpoint_with_a_warning(run, caplog):
@@ -280,16 +186,80 @@ def test_run_goes_on_from_the_next_older_checkpoint_and_says_so(run):
     assert result(run)["step"] == 16
 
 
-def test_find_refuses_when_every_checkpoint_is_damaged(run):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_run_whose_checkpoints_are_all_damaged_is_refused_and_not_begun_anew(processes, run):
     for path in checkpoint.all_steps(run / "checkpoints").values():
         flip(path / "model.safetensors")
     with pytest.raises(InputError, match="no good checkpoint"):
         checkpoint.find(str(run), run / "checkpoints")
     before = sorted(run.rglob("*"))
-    (child,) = train("--resume_from", run)
-    assert child.code == 1
-    assert "error: " in child.stderr
+    children = train("--resume_from", run, processes=processes)
+    assert [child.code for child in children] == [1] * processes
+    errors = [line for child in children for line in child.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "no good checkpoint" in errors[0]
     assert sorted(run.rglob("*")) == before
+
+
+@pytest.fixture(scope="module")
+def killed(flags, tmp_path_factory):
+    """A run of two processes that was killed at step 12, with checkpoints of steps 7 and 10."""
+    run = tmp_path_factory.mktemp("killed") / "run"
+    train(*flags, "--run_dir", run, before=die_at(12), processes=2)
+    assert steps(run) == [7, 10]
+    return run
+
+
+def tell_what_is_loaded(found):
+    """A hook: the checkpoints whose weights are loaded, in `found`."""
+    found["loaded"] = []
+
+    def tell(_, model, file, **named):
+        found["loaded"].append(file.parent.name)
+
+    after(accelerate.checkpointing, "load_model", tell)
+
+
+def fail_after_the_weights(rank):
+    """A hook: of step 10 this process can load no more than the weights."""
+
+    def hook(found):
+        tell_what_is_loaded(found)
+
+        def load(file, *arguments, original=accelerate.checkpointing.load, **named):
+            if Path(file).parts[-2:] == ("step_00000010", "optimizer.bin") and int(os.environ["RANK"]) == rank:
+                raise MemoryError
+            return original(file, *arguments, **named)
+
+        accelerate.checkpointing.load = load
+
+    return hook
+
+
+@pytest.mark.parametrize("fault", ["damaged", "fails on the first", "fails on the second"])
+def test_all_processes_go_on_from_the_next_older_checkpoint_and_equal_the_uninterrupted_run(
+    fault, killed, uninterrupted, tmp_path
+):
+    run = Path(shutil.copytree(killed, tmp_path / "run"))
+    hook, loaded = tell_what_is_loaded, ["step_00000007"]
+    if fault == "damaged":
+        flip(run / "checkpoints/step_00000010/optimizer.bin")
+    else:
+        hook, loaded = fail_after_the_weights(rank=int("second" in fault)), ["step_00000010", *loaded]
+    children = train("--resume_from", run, before=hook, processes=2)
+    for child in children:
+        assert child.ok().found["loaded"] == loaded
+    warning = "optimizer.bin is damaged" if fault == "damaged" else "step_00000010 cannot be loaded: MemoryError"
+    assert warning in children[0].stderr
+    assert f"resumed from {run}/checkpoints/step_00000007" in children[0].stderr
+    assert_equal(run, uninterrupted(processes=2))
+
+
+def test_checkpoint_named_that_one_process_cannot_load_is_refused_on_all(killed, tmp_path):
+    run = Path(shutil.copytree(killed, tmp_path / "run"))
+    children = train("--resume_from", last(run), before=fail_after_the_weights(rank=1), processes=2)
+    assert [child.code for child in children] == [1, 1]
+    assert f"error: {last(run)} cannot be loaded: MemoryError" in children[0].stderr
 
 
 def test_checkpoint_asked_for_by_name_is_found_or_refused_but_never_replaced(run):
@@ -300,12 +270,15 @@ def test_checkpoint_asked_for_by_name_is_found_or_refused_but_never_replaced(run
         checkpoint.find(str(last(run)), run / "checkpoints")
 
 
-def test_best_is_found_where_the_newest_checkpoint_says(run):
+def test_best_is_found_where_the_newest_checkpoint_says_or_else_by_the_scores(run):
     best = run / "checkpoints" / f"step_{result(run)['best_step']:08d}"
     assert checkpoint.find(f"{run}/best", run / "checkpoints") == best
     flip(best / "model.safetensors")
-    with pytest.raises(InputError, match=r"model\.safetensors"):
-        checkpoint.find(f"{run}/best", run / "checkpoints")
+    states = {path: checkpoint.read_state(path) for path in checkpoint.all_steps(run / "checkpoints").values()}
+    scores = {path: state["score"] for path, state in states.items() if state["evaluated"] == state["step"]}
+    del scores[best]
+    assert len(scores) > 0
+    assert checkpoint.find(f"{run}/best", run / "checkpoints") == min(scores, key=scores.get)
 
 
 def test_run_goes_on_from_its_best_or_from_a_checkpoint_by_path(run, tmp_path):
@@ -315,27 +288,6 @@ def test_run_goes_on_from_its_best_or_from_a_checkpoint_by_path(run, tmp_path):
         (child,) = train("--resume_from", f"{copy}/{name}")
         assert f"resumed from {copy}/checkpoints/step_{step:08d}" in child.ok().stderr
         assert f"steps      {state['step']} to 16" in child.stderr
-
-
-@pytest.mark.parametrize(
-    ("keep", "keep_every", "best", "kept"),
-    [
-        (1, 0, None, [12]),
-        (2, 0, 3, [3, 10, 12]),
-        (2, 5, 3, [3, 5, 10, 12]),
-        (1, 6, 12, [6, 12]),
-        (9, 0, None, [3, 5, 6, 10, 12]),
-    ],
-)
-def test_rotation_keeps_the_newest_the_best_and_every_kth(keep, keep_every, best, kept, tmp_path):
-    for step in (3, 5, 6, 10, 12):
-        (tmp_path / f"step_{step:08d}").mkdir()
-        (tmp_path / f"step_{step:08d}/file").touch()
-    (tmp_path / ".deleting_step_00000002").mkdir()  # left by a crash
-    (tmp_path / ".deleting_step_00000002/file").touch()
-    (tmp_path / "notes").touch()
-    checkpoint.rotate(tmp_path, 12, keep, keep_every, best)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes", *(f"step_{step:08d}" for step in kept)]
 
 
 def test_run_keeps_the_newest_the_best_and_every_kth(flags, tmp_path):
@@ -348,20 +300,134 @@ def test_run_keeps_the_newest_the_best_and_every_kth(flags, tmp_path):
     assert names == [f"step_{step:08d}" for step in kept]
 
 
+def test_metric_changed_when_a_run_is_resumed_makes_it_look_for_its_best_anew(run):
+    (child,) = train("--resume_from", run, "--eval.metric", "action_error", "--steps", 20, "--checkpoint.keep", 1)
+    child.ok()
+    assert (result(run)["best_step"], result(run)["metric"]) == (20, "action_error")
+    assert steps(run) == [20]
+
+
+def test_best_whose_save_failed_is_replaced_by_the_best_on_the_disk(flags, tmp_path):
+    # Nothing is learned at a rate of 0, so the first evaluation, at step 7, stays the best.
+    def fail_at_7(found):
+        def commit(temporary, final, original=checkpoint._commit):
+            if final.name == "step_00000007":
+                raise OSError("broken")
+            return original(temporary, final)
+
+        checkpoint._commit = commit
+
+    run = tmp_path / "run"
+    (child,) = train(*flags, "--optim.lr", 0, "--run_dir", run, before=fail_at_7)
+    assert "warning: a checkpoint could not be saved" in child.ok().stderr
+    assert result(run)["best_step"] == 7
+    assert checkpoint.find(f"{run}/best", run / "checkpoints") == run / "checkpoints/step_00000016"
+    assert "was step 16" in (run / "export/README.md").read_text()
+
+
+# ---- Security.
+
+
+class Payload:
+    """What does something when it is unpickled."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.mark}",)
+
+
+def seal(path):
+    """Write the manifest anew, as one can who may write to the folder."""
+    files = [file for file in path.iterdir() if file.name != "MANIFEST.json"]
+    entries = {
+        file.name: {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+        for file in files
+    }
+    (path / "MANIFEST.json").write_text(json.dumps({"files": entries}))
+
+
+PLANTED = {
+    "model.safetensors": "cannot be loaded",
+    "pytorch_model.bin": "MANIFEST.json does not list model.safetensors",
+    "optimizer.bin": "cannot be loaded",
+    "random_states_0.pkl": "cannot be loaded",
+    "ema.safetensors": "cannot be loaded",
+    "custom_checkpoint_0.pkl": "cannot be loaded",
+    "trainer_state.json": "cannot be loaded",
+    "MANIFEST.json": "is no whole checkpoint",
+}
+
+
+@pytest.mark.parametrize("kind", ["zip", "pickle"])
+@pytest.mark.parametrize("file", PLANTED)
+def test_planted_pickle_is_refused_and_never_runs(file, kind, run):
+    newest, mark, planted = last(run), run / "mark", run / "planted"
+    torch.save(Payload(mark), planted, _use_new_zipfile_serialization=kind == "zip")
+    torch.load(planted, weights_only=False)
+    mark.unlink()  # so it would run
+    if file == "pytorch_model.bin":
+        (newest / "model.safetensors").unlink()
+    shutil.copy(planted, newest / file)
+    if file != "MANIFEST.json":
+        seal(newest)
+    (child,) = train("--resume_from", newest)
+    assert child.code == 1
+    (error,) = [line for line in child.stderr.splitlines() if line.startswith("error: ")]
+    assert str(newest) in error
+    assert PLANTED[file] in error
+    assert not mark.exists()
+
+
+def test_run_with_a_planted_pickle_goes_on_from_the_checkpoint_before(run):
+    newest, mark = last(run), run / "mark"
+    torch.save(Payload(mark), newest / "optimizer.bin")
+    seal(newest)
+    (child,) = train("--resume_from", run)
+    assert f"{newest} cannot be loaded" in child.ok().stderr
+    assert f"resumed from {run}/checkpoints/step_00000015" in child.stderr
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("way", ["../model.safetensors", "absolute", "sub/model.safetensors", "link"])
+def test_path_in_a_manifest_cannot_leave_the_folder(way, run):
+    newest, outside = last(run), run / "checkpoints/model.safetensors"
+    if way == "link":
+        (newest / "model.safetensors").rename(outside)
+        (newest / "model.safetensors").symlink_to(outside)
+        seal(newest)
+        name = "model.safetensors"
+    else:
+        name = str(outside) if way == "absolute" else way
+        (newest / "sub").mkdir()
+        for copy in (outside, newest / "sub/model.safetensors"):
+            shutil.copy(newest / "model.safetensors", copy)
+        manifest = json.loads((newest / "MANIFEST.json").read_text())
+        manifest["files"][name] = manifest["files"]["model.safetensors"]
+        (newest / "MANIFEST.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=rf"{newest} does not hold .*{name}"):
+        checkpoint.verify(newest)
+
+
 # ---- What is in it.
 
 
-@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
-def test_files_have_the_modes_that_the_umask_leaves(umask, tmp_path):
-    def save(found):
-        os.umask(umask)
-        commit(small_training(), tmp_path, 1, best=None)
+def test_buffer_that_is_made_at_the_start_is_large_enough_for_every_save(trained):
+    assert trained[1].found["buffers"] == [True] * len(steps(trained[0]))
 
-    (child,) = in_children(save)
-    child.ok()
-    for path in (tmp_path / "step_00000001").iterdir():
-        assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask, path.name
-    assert stat.S_IMODE((tmp_path / "step_00000001").stat().st_mode) == 0o777 & ~umask
+
+def test_each_save_is_logged_with_its_times_and_size(trained):
+    lines = [json.loads(line) for line in (trained[0] / "metrics.jsonl").read_text().splitlines()]
+    saves = [line for line in lines if "save/bytes" in line]
+    folders = checkpoint.all_steps(trained[0] / "checkpoints")
+    sizes = {step: sum(path.stat().st_size for path in folder.iterdir()) for step, folder in folders.items()}
+    manifests = {step: (folder / "MANIFEST.json").stat().st_size for step, folder in folders.items()}
+    assert [line["save/bytes"] for line in saves] == [sizes[step] - manifests[step] for step in folders]
+    for line, step in zip(saves, folders, strict=True):
+        assert line.keys() == {"step", "save/blocked_seconds", "save/commit_seconds", "save/bytes"}
+        assert line["step"] >= step
+        assert line["save/blocked_seconds"] > 0 < line["save/commit_seconds"]
 
 
 def test_checkpoint_loads_with_plain_load_state(trained):

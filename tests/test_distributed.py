@@ -1,6 +1,7 @@
 """The number of processes changes nothing but the speed."""
 
 import gc
+import signal
 
 import pytest
 import torch
@@ -8,7 +9,22 @@ from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
-from training import LAUNCH, ON_CPU, ROOT, after, command, in_children, result, series, steps, train, weights
+from training import (
+    LAUNCH,
+    ON_CPU,
+    ROOT,
+    after,
+    at_step,
+    both,
+    command,
+    in_children,
+    result,
+    send,
+    series,
+    steps,
+    train,
+    weights,
+)
 
 from vla import evaluate, log, sim
 from vla.config import ModelConfig
@@ -20,28 +36,30 @@ CONFIGS = sorted(path.name for path in (ROOT / "accelerate_configs").glob("*.yam
 LAYOUTS = {"1x8": (1, 8), "2x4": (2, 4), "1x2, accumulated 4 times": (1, 2), "2x2, accumulated twice": (2, 2)}
 
 
+def watch(found):
+    """Finds the positions and keys trained on, in order, and the weights at the end."""
+    found["positions"], found["keys"] = [], []
+
+    def forward(self, batch, original=VLAPolicy.forward):
+        if self.training:
+            found["positions"] += batch["position"].tolist()
+            found["keys"] += batch["key"].tolist()
+        return original(self, batch)
+
+    def keep_weights(*_):
+        found["weights"] = {name: value.numpy().copy() for name, value in policies[0].state_dict().items()}
+
+    policies = []
+    VLAPolicy.forward = forward
+    after(VLAPolicy, "__init__", lambda _, policy, *rest: policies.append(policy))
+    after(log.RunLog, "close", keep_weights)
+
+
 @pytest.fixture(scope="module")
 def layouts(flags, tmp_path_factory):
     """For each layout of a global batch of 8: the run's folder and its processes, which have found the positions
     and keys that they trained on, and the weights that they ended with.
     """
-
-    def watch(found):
-        found["positions"], found["keys"] = [], []
-
-        def forward(self, batch, original=VLAPolicy.forward):
-            if self.training:
-                found["positions"] += batch["position"].tolist()
-                found["keys"] += batch["key"].tolist()
-            return original(self, batch)
-
-        def keep_weights(*_):
-            found["weights"] = {name: value.numpy().copy() for name, value in policies[0].state_dict().items()}
-
-        policies = []
-        VLAPolicy.forward = forward
-        after(VLAPolicy, "__init__", lambda _, policy, *rest: policies.append(policy))
-        after(log.RunLog, "close", keep_weights)
 
     runs = {}
     for name, (processes, micro) in LAYOUTS.items():
@@ -73,6 +91,32 @@ def test_every_layout_takes_the_same_samples_with_the_same_noise(layouts, layout
         for name in ("positions", "keys"):
             seen = [x for child in children for x in child.found[name][mine]]
             assert sorted(seen) == sorted(alone.found[name][step * 8 : (step + 1) * 8])
+
+
+def test_run_that_goes_on_with_other_numbers_of_processes_is_the_same_training(layouts, flags, tmp_path, capsys):
+    whole, (alone,) = layouts["1x8"]
+    run, first = tmp_path / "run", 0
+    begin = [*flags, "--global_batch_size", 8, "--run_dir", run]
+    for processes, stop in ((2, 3), (1, 6), (4, 9), (2, None)):
+        hook = watch if stop is None else both(watch, at_step(stop, lambda: send(signal.SIGTERM)))
+        children = train(*(begin if first == 0 else ["--resume_from", run]), before=hook, processes=processes)
+        last, share = [child.ok() for child in children] and steps(run)[-1], 8 // processes
+        for step in range(first, last):
+            for name in ("positions", "keys"):
+                mine = slice((step - first) * share, (step - first + 1) * share)
+                seen = [x for child in children for x in child.found[name][mine]]
+                assert seen == alone.found[name][step * 8 : (step + 1) * 8]
+            assert all(len(child.found["positions"]) == (last - first) * share for child in children)
+        first = last
+    assert first == 16
+    for name in ("lr/action_head", "lr/vision_encoder/no_decay"):
+        assert series(run, name) == series(whole, name)
+    for name in ("train/loss", "train/grad_norm", "eval/loss"):
+        assert series(run, name) == pytest.approx(series(whole, name), abs=1e-5), name
+    most = max((value - weights(run)[name]).abs().max().item() for name, value in weights(whole).items())
+    with capsys.disabled():
+        print(f"\n2, 1, 4 and 2 processes against 1: weights differ by at most {most:.1e}")
+    assert most < 1e-5
 
 
 def test_all_processes_end_with_the_same_weights(layouts):

@@ -1,36 +1,29 @@
 """A run that was killed and resumed is the run that was not, bit for bit."""
 
-import json
 import os
 import signal
-import subprocess
 import sys
-import time
 
 import psutil
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training import LAUNCH, ON_CPU, ROOT, TWO_PROCESSES, assert_equal, die_at, metrics, result, series, steps, train
+from training import (
+    LAUNCH,
+    TWO_PROCESSES,
+    assert_equal,
+    die_at,
+    metrics,
+    result,
+    series,
+    start,
+    steps,
+    train,
+    wait_for_step,
+)
 
 from vla.model import VLAPolicy
 
 MID_EPOCH, EPOCH_END = 5, 11  # checkpoints after 60 and after 132 samples; an epoch has 132
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(flags, tmp_path_factory):
-    """run(flag, value, …, processes) -> the folder of a run that nobody stopped, made once."""
-    made = {}
-
-    def run(*own, processes=1):
-        case = (*own, processes)
-        if case not in made:
-            made[case] = tmp_path_factory.mktemp("uninterrupted") / "run"
-            for child in train(*flags, *own, "--run_dir", made[case], processes=processes):
-                child.ok()
-        return made[case]
-
-    return run
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
@@ -141,21 +134,3 @@ def test_auto_starts_a_run_and_then_goes_on_with_it(uninterrupted, flags, tmp_pa
     (resumed,) = train(*same_command)
     assert f"resumed from {tmp_path}/run/checkpoints/step_00000005" in resumed.ok().stderr
     assert_equal(tmp_path / "run", uninterrupted("--micro_batch_size", 12))
-
-
-def start(words):
-    """A command in a process of its own, which goes on while the test does."""
-    return subprocess.Popen(words, cwd=ROOT, env=os.environ | ON_CPU, stderr=subprocess.DEVNULL)
-
-
-def wait_for_step(run, step, process):
-    """Until it has logged this step and committed a checkpoint."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and process.poll() is None:
-        if (run / "metrics.jsonl").exists():
-            lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
-            logged = max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=0)
-            if logged >= step and steps(run):
-                return
-        time.sleep(0.005)
-    raise AssertionError(f"the run never logged step {step}; exit code {process.poll()}")

@@ -6,6 +6,7 @@ hooks that the test sets in the child alone.
 
 import contextlib
 import faulthandler
+import gc
 import json
 import logging
 import multiprocessing
@@ -19,7 +20,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +31,7 @@ import tyro  # noqa: F401
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
-from vla import checkpoint, evaluate, export, log, model, optim, rollout  # noqa: F401
+from vla import checkpoint, evaluate, export, guard, log, model, optim, rollout  # noqa: F401
 from vla.data import lerobot, stream  # noqa: F401
 
 ROOT = Path(__file__).parents[1]
@@ -55,7 +56,11 @@ class Child:
 
 
 def train(
-    *arguments, before: Callable[[dict], None] | None = None, processes: int = 1, env: dict | None = None
+    *arguments,
+    before: Callable[[dict], None] | None = None,
+    processes: int = 1,
+    env: dict | None = None,
+    kill: Callable[[], bool] | None = None,
 ) -> list[Child]:
     """Run train.py with these flags in forked processes, to their end. `before(found)` sets hooks in each."""
 
@@ -65,7 +70,7 @@ def train(
         sys.argv = ["train.py", *map(str, arguments)]
         runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
 
-    return in_children(script, processes, env)
+    return in_children(script, processes, env, kill)
 
 
 def run_module(name: str, *arguments) -> list[Child]:
@@ -78,8 +83,16 @@ def run_module(name: str, *arguments) -> list[Child]:
     return in_children(module)
 
 
-def in_children(function: Callable[[dict], None], processes: int = 1, env: dict | None = None) -> list[Child]:
-    """Call `function(found)` in forked processes that form one process group, as a launcher would start them."""
+def in_children(
+    function: Callable[[dict], None],
+    processes: int = 1,
+    env: dict | None = None,
+    kill: Callable[[], bool] | None = None,
+) -> list[Child]:
+    """Call `function(found)` in forked processes that form one process group, as a launcher would start them.
+
+    All are killed, with the workers they have, once `kill()` is true.
+    """
     context, deadline, started = multiprocessing.get_context("fork"), time.monotonic() + TIMEOUT, []
     with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
         free.bind(("127.0.0.1", 0))
@@ -102,6 +115,8 @@ def in_children(function: Callable[[dict], None], processes: int = 1, env: dict 
             for child, receiver, errors in started:
                 # A killed child's loader workers hold its pipe open for seconds, so its end is asked for, not awaited.
                 while not receiver.poll(0.01) and child.is_alive():
+                    if kill and kill():
+                        _kill(started)
                     if time.monotonic() > deadline:
                         texts = [errors.read_text() for _, _, errors in started]
                         raise TimeoutError(f"no end after {TIMEOUT} s:\n" + "\n".join(texts))
@@ -111,11 +126,16 @@ def in_children(function: Callable[[dict], None], processes: int = 1, env: dict 
                 child.join(max(0, deadline - time.monotonic()))
                 children.append(Child(child.exitcode, errors.read_text(), found))
         finally:
+            _kill(started)  # those that hang, and workers that were left
             for child, _, _ in started:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(child.pid, signal.SIGKILL)  # itself if it hangs, or the workers that it left
                 child.join()
     return children
+
+
+def _kill(started: list[tuple]) -> None:
+    for child, _, _ in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
 
 
 def _child(function: Callable[[dict], None], sender, errors: Path, variables: dict) -> None:
@@ -152,6 +172,24 @@ def command(*words, env: dict | None = None, timeout: float = TIMEOUT) -> subpro
     )
 
 
+def start(words: list[str]) -> subprocess.Popen:
+    """A command in a process of its own, which goes on while the test does."""
+    return subprocess.Popen(words, cwd=ROOT, env=os.environ | ON_CPU, stderr=subprocess.DEVNULL)
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen, checkpoints: int = 1) -> None:
+    """Until it has logged this step and committed so many checkpoints."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        if (run / "metrics.jsonl").exists():
+            lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+            logged = max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=0)
+            if logged >= step and len(steps(run)) >= checkpoints:
+                return
+        time.sleep(0.005)
+    raise AssertionError(f"the run never logged step {step}; exit code {process.poll()}")
+
+
 def after(function_owner, name: str, then: Callable) -> None:
     """Call `then(result, *arguments)` after each call of an attribute; for hooks in a child."""
     original = getattr(function_owner, name)
@@ -179,6 +217,47 @@ def die_at(step: int) -> Callable[[dict], None]:
         after(log.RunLog, "metrics", die)
 
     return hook
+
+
+def both(*hooks: Callable[[dict], None]) -> Callable[[dict], None]:
+    """One hook of several."""
+
+    def hook(found: dict) -> None:
+        for each in hooks:
+            each(found)
+
+    return hook
+
+
+def at_step(step: int, act: Callable[[], None], ranks: Collection[int] = range(8)) -> Callable[[dict], None]:
+    """A hook that calls `act()` once this many steps are made, in the processes of these ranks."""
+
+    def hook(found: dict) -> None:
+        made = []
+
+        def count(_, run_log):
+            made[0] += 1
+            if made[0] == step and int(os.environ.get("RANK", 0)) in ranks:
+                act()
+
+        after(log.RunLog, "__init__", lambda _, run_log, accelerator, config, first, last: made.append(first))
+        after(log.RunLog, "step", count)
+
+    return hook
+
+
+def send(*numbers: int) -> None:
+    """Signal this process and its loader workers, as a scheduler does, and go on when that was heard."""
+    for number in numbers:  # from a process of its own: of its parent's signals a loader worker has another opinion
+        subprocess.run(["kill", f"-{int(number)}", "--", f"-{os.getpgrp()}"], start_new_session=True, check=True)
+    while not the(guard.Signals).received:
+        time.sleep(0.001)
+
+
+def the(kind: type):
+    """The one object of its class in this process."""
+    (found,) = (thing for thing in gc.get_objects() if type(thing) is kind)
+    return found
 
 
 def metrics(run: Path) -> list[dict]:

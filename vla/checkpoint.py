@@ -48,6 +48,7 @@ NAME = re.compile(r"step_(\d{8})")
 NEEDED = {"model.safetensors", "optimizer.bin", "random_states_0.pkl", "config.json", "trainer_state.json"}
 FAILURES = 3  # saves in a row that may fail before the run stops
 ALIGNMENT = 64  # bytes, of each tensor in the buffer
+PIECE = 1 << 24  # bytes hashed at once
 
 
 # ---- The folder of a run.
@@ -59,15 +60,7 @@ def prepare(run_dir: Path, resuming: bool, rank: int) -> Path:
     Raises InputError if it cannot be written to, is in use, holds checkpoints of another run, or none to resume from.
     """
     folder = run_dir / "checkpoints"
-    for replaced in folder.glob(".replaced_*"):
-        with contextlib.suppress(OSError):  # another process was first, or the checkpoint that replaced it is there
-            replaced.rename(replaced.with_name(replaced.name.removeprefix(".replaced_")))
-    if resuming and not all_steps(folder):
-        raise InputError(f"{folder} holds no checkpoint to resume from; leave out --resume_from to start the run anew")
-    if not resuming and all_steps(folder):
-        raise InputError(
-            f"{run_dir} already holds checkpoints; go on with --resume_from {run_dir}, or choose another --run_dir"
-        )
+    _check_begun(run_dir, resuming)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -76,10 +69,30 @@ def prepare(run_dir: Path, resuming: bool, rank: int) -> Path:
         raise InputError(f"cannot write to {folder} ({failure}); choose another --run_dir") from None
     if rank == 0:
         _lock(run_dir)
+        _put_back(folder)
         for pattern in (".saving_*", ".deleting_*", ".replaced_*"):
             for left_over in folder.glob(pattern):
                 shutil.rmtree(left_over)
+        _check_begun(run_dir, resuming)  # again: the job that was waited for may have saved
     return folder
+
+
+def _check_begun(run_dir: Path, resuming: bool) -> None:
+    folder = run_dir / "checkpoints"
+    begun = bool(all_steps(folder)) or any(folder.glob(".replaced_*"))
+    if resuming and not begun:
+        raise InputError(f"{folder} holds no checkpoint to resume from; leave out --resume_from to start the run anew")
+    if begun and not resuming:
+        raise InputError(
+            f"{run_dir} already holds checkpoints; go on with --resume_from {run_dir}, or choose another --run_dir"
+        )
+
+
+def _put_back(folder: Path) -> None:
+    """Give checkpoints their names back that were to be replaced by others which are not there."""
+    for replaced in folder.glob(".replaced_*"):
+        with contextlib.suppress(OSError):  # the other is there
+            replaced.rename(replaced.with_name(replaced.name.removeprefix(".replaced_")))
 
 
 def _lock(run_dir: Path, patience: float = 60) -> None:
@@ -129,7 +142,7 @@ class Saver:
         self.failures = 0  # in a row
         self.good: set[Path] = set()  # verified by this process
         self.pending: Future | None = None
-        self.metrics: dict[str, float] = {}
+        self.metrics: list[dict[str, float]] = []
         self.problems: list[str] = []
         if accelerator.is_main_process:
             # One thread, so that saves keep their order; the buffer is made in it, while the first steps run.
@@ -171,24 +184,25 @@ class Saver:
             return
         failure, done, self.pending = self.pending.exception(), self.pending, None
         if failure is None:
-            self.failures, self.metrics = 0, done.result()
+            self.failures = 0
+            self.metrics.append(done.result())
         else:
             self.failures += 1
             left = list(all_steps(self.folder))
             newest = f"the newest is of step {left[-1]}" if left else "there is none yet"
             self.problems.append(
-                f"a checkpoint could not be saved ({failure}): {newest}; {self.failures} of {FAILURES} failures in "
-                "a row after which the run stops"
+                f"a checkpoint could not be saved ({_in_one_line(failure)}): {newest}; {self.failures} of {FAILURES} "
+                "failures in a row after which the run stops"
             )
 
-    def report(self) -> tuple[dict[str, float], list[str]]:
-        """What became of the saves since the last call: metrics of one that was committed, and of each that failed why.
+    def report(self) -> tuple[list[dict[str, float]], list[str]]:
+        """What became of the saves since the last call: metrics of each that was committed, of each that failed why.
 
         Only the main process has any.
         """
         if self.pending is not None and self.pending.done():
             self.settle()
-        metrics, problems, self.metrics, self.problems = self.metrics, self.problems, {}, []
+        metrics, problems, self.metrics, self.problems = self.metrics, self.problems, [], []
         return metrics, problems
 
     @property
@@ -201,7 +215,7 @@ class Saver:
         self.settle()
         failed = torch.tensor(float(self.failures), device=self.accelerator.device)
         if self.accelerator.reduce(failed, "sum").item():
-            raise NotSaved(self.problems[-1] if self.problems else "the main process could not save a checkpoint")
+            raise NotSaved("; ".join(self.problems) or "the main process could not save a checkpoint")
 
     def _copy(self, tree: dict) -> tuple[dict, tuple | None]:
         """The tree with its tensors copied to the buffer; and the events before and after, if a GPU copies."""
@@ -227,7 +241,7 @@ class Saver:
         return copies, events
 
     def _write(self, copies: dict, copied: tuple | None, state: dict, blocked: float) -> dict[str, float]:
-        """Write, commit, verify, rotate; in the thread."""
+        """Write, commit, rotate; in the thread."""
         began = time.perf_counter()
         if copied:
             copied[1].synchronize()
@@ -256,8 +270,8 @@ class Saver:
             size = _commit(temporary, final)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
+            _put_back(self.folder)
             raise
-        verify(final)
         self.good.add(final)
         rotate(self.folder, state, self.config, self._is_good)
         seconds = time.perf_counter() - began
@@ -275,7 +289,7 @@ class Saver:
 
 
 def _commit(temporary: Path, final: Path) -> int:
-    """Hash, flush, rename. Returns the bytes written."""
+    """Hash, flush, verify, rename. Returns the bytes written."""
     files = {}
     for path in sorted(temporary.iterdir()):
         path.chmod(file_mode(temporary))  # safetensors leaves 0600
@@ -284,8 +298,10 @@ def _commit(temporary: Path, final: Path) -> int:
     _write_json(temporary / "MANIFEST.json", {"files": files})
     _flush(temporary / "MANIFEST.json")
     _flush(temporary)
+    verify(temporary)
     replaced = final.with_name(f".replaced_{final.name}")
     if final.exists():  # damaged, or of a future that was left by resuming from before it
+        shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
     temporary.rename(final)
     _flush(final.parent)
@@ -328,7 +344,7 @@ def _delete(path: Path) -> None:
 
 
 def _let_training_go_first() -> None:
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)  # on Linux a thread has a priority of its own
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)  # on Linux a thread has a priority of its own
 
 
 def _buffer(size: int, cuda: bool) -> np.ndarray:
@@ -397,7 +413,7 @@ def restore(
         try:
             state = load(accelerator, path, ema)
         except Exception as failure:  # by every kind of damage another one; all processes must hear of it
-            problem = f"{path} cannot be loaded: {type(failure).__name__}: {str(failure).splitlines()[0]}"
+            problem = f"{path} cannot be loaded: {_in_one_line(failure)}"
         problem = next(filter(None, gather_object([problem])), "")
         if not problem:
             return state, path
@@ -413,17 +429,17 @@ def verify(path: Path, sizes_only: bool = False) -> None:
     try:
         manifest = json.loads((path / "MANIFEST.json").read_text())
         files = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as failure:
-        raise InputError(f"{path} is no whole checkpoint: MANIFEST.json cannot be read ({failure})") from None
+        there = {entry.name: entry.is_file() and not entry.is_symlink() for entry in path.iterdir()}
+    except Exception as failure:  # by every kind of damage another one
+        problem = f"it or its MANIFEST.json cannot be read ({_in_one_line(failure)})"
+        raise InputError(f"{path} is no whole checkpoint: {problem}") from None
     if missing := NEEDED - files.keys():
         raise InputError(f"{path} is no whole checkpoint: MANIFEST.json does not list {', '.join(sorted(missing))}")
-    if strange := {entry.name for entry in path.iterdir()} ^ {*files, "MANIFEST.json"}:
+    if strange := there.keys() ^ {*files, "MANIFEST.json"} | {name for name, is_file in there.items() if not is_file}:
         raise InputError(f"{path} does not hold what its MANIFEST.json lists: look at {', '.join(sorted(strange))}")
     for name, (size, digest) in files.items():
         file = path / name
         try:
-            if file.is_symlink() or not file.is_file():
-                raise InputError(f"{file} is no file of this checkpoint")
             if file.stat().st_size != size or (not sizes_only and _sha256(file) != digest):
                 raise InputError(f"{file} is damaged: its size or hash is not the manifest's")
         except OSError as failure:
@@ -477,9 +493,12 @@ def find_together(accelerator: Accelerator, resume_from: str, folder: Path, pass
 
 
 def read_state(path: Path) -> dict:
-    """The trainer's counters in a checkpoint, as `Saver.save` got them."""
-    state = json.loads((path / "trainer_state.json").read_text())
-    del state["versions"]
+    """The trainer's counters in a checkpoint, as `Saver.save` got them. Raises InputError if there are none."""
+    try:
+        state = json.loads((path / "trainer_state.json").read_text())
+        del state["versions"]
+    except (OSError, ValueError, KeyError, TypeError) as failure:
+        raise InputError(f"{path / 'trainer_state.json'} cannot be read ({_in_one_line(failure)})") from None
     return state
 
 
@@ -499,6 +518,10 @@ def file_mode(folder: Path) -> int:
     return folder.stat().st_mode & 0o666
 
 
+def _in_one_line(failure: BaseException) -> str:
+    return f"{type(failure).__name__}: {str(failure).partition(chr(10))[0]}"
+
+
 def _write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
@@ -512,5 +535,9 @@ def _flush(path: Path) -> None:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    # In large pieces: between them this thread takes Python's lock, which the training's thread then has to wait for.
+    digest, piece = hashlib.sha256(), memoryview(bytearray(min(path.stat().st_size, PIECE) or 1))
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(piece):
+            digest.update(piece[:size])
+    return digest.hexdigest()

@@ -306,7 +306,8 @@ def resume_folder(config: TrainConfig) -> Path | None:
     if config.resume_from == "auto":
         if not config.run_dir:
             raise InputError("--resume_from auto needs --run_dir, the run to go on with or to begin")
-        started = any(Path(config.run_dir, "checkpoints").glob("step_*"))
+        folder = Path(config.run_dir, "checkpoints")
+        started = any(folder.glob("step_*")) or any(folder.glob(".replaced_*"))  # see vla/checkpoint.py
         return Path(config.run_dir) if started else None
     return run_folder(Path(config.resume_from))
 

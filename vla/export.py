@@ -139,6 +139,8 @@ def main(config: ExportConfig) -> None:
     run_dir = run_folder(path)
     source = checkpoint.find(config.source if path != run_dir else str(path / "best"), run_dir / "checkpoints")
     out = Path(config.out or run_dir / "export")
+    if out.is_file() or {path.name for path in out.glob("*")} - {"config.json", "model.safetensors", "README.md"}:
+        raise InputError(f"{out} holds other things than an export, which replaces it whole; choose another folder")
     step = json.loads((source / "trainer_state.json").read_text())["step"]
     export(source, out, f"Trained for {step} steps.")
     print(f"{source} exported to {out}")

@@ -4,6 +4,7 @@ Whatever one process finds, all must act on together. So each optimizer step end
 over the processes on the device and read one step later, when it has arrived: nobody waits for it.
 """
 
+import contextlib
 import faulthandler
 import math
 import os
@@ -24,6 +25,8 @@ from torch.distributed import distributed_c10d as distributed
 from vla.config import GuardConfig
 
 SPIKE_WEIGHT = 0.02  # of the newest loss in the running average that a spike is measured by
+NUMBERS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
+PATIENCE = 5.0  # seconds, with processes that do not answer
 COPIES = 1.0  # seconds within which a second signal is taken for a copy of the first: launchers send their own
 
 
@@ -38,31 +41,46 @@ class Signals:
         self.marker.unlink(missing_ok=True)
         self.received, self.when = "", 0.0
         self.saves = False  # until there is something to save a signal stops at once
-        # A launcher that is killed forwards nothing, and its processes would go on for ever.
-        launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
+        # A launcher that is killed forwards nothing, and its processes would go on for ever. Both variables are set by
+        # launchers (accelerate's, torchrun) and by nobody else.
+        launched = {"ACCELERATE_DYNAMO_USE_FULLGRAPH", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
         self.launcher = os.getppid() if launched else None
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._receive)
+        # Python runs handlers in the main thread alone, which may wait for another process for ever; a thread hears of
+        # signals through a pipe.
+        self.heard, told = os.pipe()
+        os.set_blocking(told, False)
+        signal.set_wakeup_fd(told)
+        threading.Thread(target=self._listen, name="signals", daemon=True).start()
+        for number in NUMBERS:
+            signal.signal(number, lambda number, frame: None)
 
     def __bool__(self) -> bool:
         """This process is to save and stop."""
         if not self.received and self.launcher not in (None, os.getppid()):
-            self.received = "the end of its launcher"
+            self.received, self.when = "the end of its launcher", time.monotonic()
         return bool(self.received)
 
     def mark(self, text: str) -> None:
         """Tell a scheduler that the run is worth starting again."""
         self.marker.write_text(text + "\n")
 
-    def _receive(self, number: int, _frame) -> None:
+    def _listen(self) -> None:
+        while True:
+            (number,) = os.read(self.heard, 1)
+            if number in NUMBERS:  # and not SIGCHLD, for which the data loader has a handler
+                self._receive(number)
+
+    def _receive(self, number: int) -> None:
         name, again = signal.Signals(number).name, bool(self.received)
         if again and time.monotonic() - self.when < COPIES:
             return
         if again or not self.saves:
             self.mark(f"stopped at once by {name}")
-            os.write(2, f"stopped at once by {name}; the last checkpoint is intact\n".encode())
+            os.write(2, f"\nstopped at once by {name}; checkpoints that were committed are intact\n".encode())
             os._exit(128 + number)
         self.received, self.when = name, time.monotonic()
+        if int(os.environ.get("RANK", 0)) == 0:
+            os.write(2, f"\n{name}: will save and stop; send it again to stop at once, without saving\n".encode())
 
 
 class Watchdog:
@@ -74,38 +92,61 @@ class Watchdog:
     def __init__(self, accelerator: Accelerator, seconds: float):
         self.rank, self.processes, self.seconds = accelerator.process_index, accelerator.num_processes, seconds
         self.signs, self.doing, self.since = 0, "starting", time.monotonic()
-        self.store = distributed._get_default_store() if self.processes > 1 else None
-        self.ended = threading.Event()
+        self.store, self.ended, self.tick = None, threading.Event(), min(seconds / 4, 10)
         if seconds:
-            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+            if self.processes > 1:
+                self.store = distributed._get_default_store().clone()  # the other may be held by a hanging collective
+            self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+            self.thread.start()
 
     def alive(self, doing: str) -> None:
         """A sign of life from the training thread. doing: what comes now."""
         self.signs, self.doing, self.since = self.signs + 1, doing, time.monotonic()
 
+    def close(self) -> None:
+        """Stop watching; before the process group is destroyed, and the store with it."""
+        self.ended.set()
+        if self.seconds:
+            self.thread.join()
+
     def _watch(self) -> None:
-        while not self.ended.wait(min(self.seconds / 4, 10)):
+        while True:
             idle = time.monotonic() - self.since
-            if self.store is not None:
-                self.store.set(f"alive/{self.rank}", f"{self.signs} {idle:.0f} {self.doing}")
+            with contextlib.suppress(RuntimeError):  # the process that holds the store is gone: watch on alone
+                if self.store is not None:
+                    self.store.set(f"alive/{self.rank}", f"{self.signs} {time.time()} {idle} {self.doing}")
             if idle > self.seconds:
                 self._end()
+            if self.ended.wait(self.tick):
+                break
 
     def _end(self) -> None:
-        others = range(self.processes) if self.store is not None else []
-        signs = {self.rank: (self.signs, f"{time.monotonic() - self.since:.0f}", self.doing)}
-        for rank in others:
-            count, idle, doing = self.store.get(f"alive/{rank}").decode().split(" ", 2)
-            signs[rank] = (int(count), idle, doing)
-        behind = min(count for count, _, _ in signs.values())
-        lines = [f"error: no progress for {self.seconds:.0f} seconds (--guard.hang_seconds), so this run ends:"]
-        for rank, (count, idle, doing) in sorted(signs.items()):
-            hangs = "   <- behind the others" if count == behind and self.processes > 1 else ""
-            lines.append(f"  process {rank}: {doing}, for {idle} s{hangs}")
+        """What each process did last, where this one stands, and the end."""
+        signs = {self.rank: (self.signs, f"{self.doing}, for {time.monotonic() - self.since:.0f} s")}
+        # A store whose process is stopped never answers, so it is asked by a thread that may be left behind.
+        asking = threading.Thread(target=self._ask, args=(signs,), daemon=True)
+        asking.start()
+        asking.join(PATIENCE)
+        signs = signs.copy()
+        behind, ahead = min(signs.values())[0], max(signs.values())[0]
+        lines = [f"\nerror: no progress for {self.seconds:g} seconds (--guard.hang_seconds), so this run ends:"]
+        for rank in range(self.processes):
+            count, doing = signs.get(rank, (None, "no word from it"))
+            lines.append(f"  process {rank}: {doing}" + ("   <- behind the others" if count == behind < ahead else ""))
         sys.stderr.write("\n".join([*lines, f"process {self.rank} stands at:", ""]))
         sys.stderr.flush()
         faulthandler.dump_traceback(sys.stderr)
+        time.sleep(self.tick if self.processes > 1 else 0)  # the others may ask for signs of life that are kept here
         os._exit(1)
+
+    def _ask(self, signs: dict[int, tuple[int, str]]) -> None:
+        """Fill in the other processes' last signs of life: how many they gave, and what they did."""
+        for rank in {*range(self.processes)} - {self.rank}:
+            with contextlib.suppress(RuntimeError):
+                count, told, idle, doing = self.store.get(f"alive/{rank}").decode().split(" ", 3)
+                silent = time.time() - float(told)
+                what = f", then silent for {silent:.0f} s: stopped or dead" if silent > 3 * self.tick else ""
+                signs[rank] = int(count), f"{doing}, for {float(idle):.0f} s{what}"
 
 
 class Guard:
@@ -141,6 +182,7 @@ class Guard:
         self.bad_in_a_row = torch.tensor(float(state["bad_in_a_row"]), device=device)
         self.skipped = torch.tensor(state["skipped_updates"], device=device)
         self.loss_average = torch.tensor(state["loss_average"], device=device)
+        self.spike = torch.zeros((), device=device)
         self.losses, self.seen, self.sent, self.window = [], [], deque(), None
 
     def state(self) -> dict:
@@ -162,12 +204,14 @@ class Guard:
         Its gradients then are no numbers either, which the sum over the processes carries to all of them.
         sample_loss, position: [B], by which the samples are named.
         """
+        self.watchdog.alive(f"{self.watchdog.doing}, backward")
         self.seen.append((position, sample_loss))
         self.losses.append(loss.detach())
         poison = 0 * loss.detach()
         if self.config.spike_factor and self.accelerator.sync_gradients:
             self.mean_loss = self.accelerator.reduce(torch.stack(self.losses).mean(), "mean")
             spike = (self.loss_average > 0) & (self.mean_loss > self.config.spike_factor * self.loss_average)
+            self.spike = spike.float()
             poison = torch.where(spike, math.nan, poison)
         return loss * (1 + poison)
 
@@ -194,7 +238,7 @@ class Guard:
             word = word.pin_memory().to(self.accelerator.device, non_blocking=True)
         if self.accelerator.num_processes > 1:
             word = self.accelerator.reduce(word, "sum")
-        word = torch.cat([word, self.bad_in_a_row[None]])
+        word = torch.cat([word, torch.stack([self.bad_in_a_row, self.spike])])
         if word.is_cuda:
             word = torch.empty(len(word), pin_memory=True).copy_(word, non_blocking=True)
             arrived = torch.cuda.Event()
@@ -213,21 +257,24 @@ class Guard:
         step, word, arrived, seen = self.sent.popleft()
         if arrived:
             arrived.synchronize()
-        stopping, given_up, bad = word.tolist()
+        stopping, given_up, bad, spike = word.tolist()
         self.stopping, self.given_up = self.stopping or stopping > 0, self.given_up or given_up > 0
         if bad:
-            self._tell(step, seen)
+            self._tell(step, seen, spike > 0)
         if bad >= self.config.bad_steps and self.window is None:
             self.window = step - int(bad), int(bad)
 
-    def _tell(self, step: int, seen: list[tuple[Tensor, Tensor]]) -> None:
-        position, loss = (torch.cat(parts) for parts in zip(*seen, strict=True))
-        bad = gather_object(position[~torch.isfinite(loss)].tolist())
-        everything = gather_object(position.tolist())
+    def _tell(self, step: int, seen: list[tuple[Tensor, Tensor]], spike: bool) -> None:
+        """Say which samples the skipped update of a step is owed to, as exactly as their losses tell."""
+        positions, losses = (torch.cat(parts).tolist() for parts in zip(*seen, strict=True))
+        loss_of = dict(gather_object(list(zip(positions, losses, strict=True))))
+        bad = sorted(position for position, loss in loss_of.items() if not math.isfinite(loss))
         if bad:
-            self.say(f"step {step}: update skipped, the loss is not finite for {self.describe(sorted(bad))}")
+            why = f"the loss is not finite for {self.describe(bad)}"
+        elif spike:
+            worst = max(loss_of, key=loss_of.get)
+            factor = f"{self.config.spike_factor:g} times its running average (--guard.spike_factor)"
+            why = f"the loss is beyond {factor}; it is highest for {self.describe([worst])}"
         else:
-            self.say(
-                f"step {step}: update skipped, a gradient is not finite or the loss has a spike; its samples are at "
-                f"positions {min(everything)} to {max(everything)}"
-            )
+            why = f"a gradient is not finite; the samples are those at positions {min(loss_of)} to {max(loss_of)}"
+        self.say(f"step {step}: update skipped, {why}")

@@ -36,9 +36,14 @@ def tracker(name: str, run_dir: Path, first_step: int):
 
 
 class RunLog:
-    """Writes on the main process, does nothing on the others. A resumed run continues the files at its step."""
+    """Writes on the main process, does nothing on the others. A resumed run continues the files at its step.
 
-    def __init__(self, accelerator: Accelerator, config: TrainConfig, first_step: int, steps: int):
+    evaluated: the run has the evaluation of its first step behind it, and will not log it again.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, config: TrainConfig, first_step: int, steps: int, evaluated: bool = False
+    ):
         self.accelerator, self.run_dir, self.batch = accelerator, Path(config.run_dir), config.global_batch_size
         self.config, self.steps = config, steps
         self.last: dict[str, float] = {}
@@ -49,18 +54,18 @@ class RunLog:
             return
         if first_step == 0 and (writer := self._tensorboard()):
             writer.add_text("config", _markdown(config), 0)
-        self._keep_until(first_step)
+        self._keep_until(first_step, evaluated)
         terminal = sys.stderr.isatty()
         self.bar = tqdm(
             total=steps, initial=first_step, unit="step", dynamic_ncols=True, mininterval=0.5 if terminal else 10
         )
 
-    def go_back(self, step: int) -> None:
+    def go_back(self, step: int, evaluated: bool) -> None:
         """What was logged after `step` is forgotten: the run went back to it."""
         if not self.accelerator.is_main_process:
             return
         self.file.close()
-        self._keep_until(step)
+        self._keep_until(step, evaluated)
         if writer := self._tensorboard():
             from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
@@ -69,14 +74,21 @@ class RunLog:
         self.bar.n = step
         self.bar.refresh()
 
-    def _keep_until(self, step: int) -> None:
-        """Open metrics.jsonl with the lines up to a step."""
+    def _keep_until(self, step: int, evaluated: bool) -> None:
+        """Open metrics.jsonl with the lines up to a step, and up to its evaluation."""
         path = self.run_dir / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        kept, last = [], {}
+        for line in (line for line in lines if line.endswith("\n")):
+            _, _, number, kind, _ = line.split('"', 4)  # of {"step": 12, "train/loss": …: a long log is read in no time
+            logged = int(number.strip(": ,"))
+            if logged < step or (logged == step and (evaluated or not kind.startswith("eval/"))):
+                kept.append(line)
+                last[kind] = line
         self.last = {}
-        for line in kept:
-            self.last |= {name: value for name, value in json.loads(line).items() if name != "step"}
+        for line in last.values():
+            self.last |= json.loads(line)
+        self.last.pop("step", None)
         shortened = path.with_suffix(".tmp")
         shortened.write_text("".join(kept))
         shortened.replace(path)  # whole or not at all: a run may be killed here again
@@ -156,10 +168,10 @@ class RunLog:
             writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
             writer.flush()
 
-    def saves(self, step: int, metrics: dict[str, float], problems: list[str]) -> None:
+    def saves(self, step: int, metrics: list[dict[str, float]], problems: list[str]) -> None:
         """What became of checkpoints (see Saver.report)."""
-        if metrics:
-            self.metrics(step, metrics)
+        for values in metrics:
+            self.metrics(step, values)
         for problem in problems:
             self.say(f"warning: {problem}")
 

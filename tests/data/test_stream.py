@@ -1,6 +1,9 @@
 import itertools
+import subprocess
+import sys
 import time
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -254,3 +257,19 @@ def test_flow_noise_differs_between_samples_and_between_epochs_of_one_frame(data
         assert not torch.equal(noise[first], noise[second])
         assert t[first] != t[second]
     assert not torch.equal(samples(data, seed=SEED + 1).__getitems__(range(76))["key"], key)
+
+
+def test_process_ends_after_an_error_though_its_loader_workers_ignore_signals():
+    program = """
+import torch
+from vla.data.stream import loader
+class Positions(torch.utils.data.Dataset):
+    def __getitems__(self, positions): return {"position": torch.tensor(positions)}
+batches = iter(loader(Positions(), iter([range(2)] * 9), workers=1, pin_memory=False))
+next(batches)
+raise KeyError("an error")
+"""
+    words, root = [sys.executable, "-c", program], Path(__file__).parents[2]
+    ended = subprocess.run(words, cwd=root, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert ended.returncode == 1
+    assert ended.stderr.endswith("KeyError: 'an error'\n")

@@ -6,6 +6,8 @@ slice of them. So one integer, the step, resumes a run, and any number of proces
 samples with the same keys.
 """
 
+import atexit
+import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -173,3 +175,14 @@ def _ignore_signals(worker: int) -> None:
 
     for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_workers() -> None:
+    # After an error Python ends its children with SIGTERM, which workers ignore, and would wait for them for ever.
+    import signal
+
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report each of them as an error
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()

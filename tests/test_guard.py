@@ -1,0 +1,656 @@
+"""Signals, processes that die or hang, numbers that are not finite: what the run does, and that nothing is lost."""
+
+import hashlib
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import threading
+import time
+from functools import reduce
+from itertools import pairwise
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from training import (
+    LAUNCH,
+    TWO_PROCESSES,
+    after,
+    assert_equal,
+    at_step,
+    both,
+    last,
+    metrics,
+    result,
+    send,
+    series,
+    start,
+    steps,
+    the,
+    train,
+    wait_for_step,
+    weights,
+)
+
+from vla import checkpoint, guard, log
+from vla.data.lerobot import LeRobotDataset
+from vla.data.stream import Samples
+from vla.model import VLAPolicy
+from vla.sim.tabletop import Tabletop
+
+TERM, INT, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
+
+
+def once(act):
+    """The function that calls `act()` the first time that it is called."""
+    calls = []
+
+    def call(*_):
+        calls.append(1)
+        if len(calls) == 1:
+            act()
+
+    return call
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def rank():
+    return int(os.environ.get("RANK", 0))
+
+
+def assert_stopped(run, children, step):
+    """They saved at about this step, ended well, and left the mark."""
+    assert [child.code for child in children] == [0] * len(children), children[0].stderr
+    (stopped,) = re.findall(r"^stopped at step (\d+) of \d+ by .*; go on with --resume_from", children[0].stderr, re.M)
+    assert step <= int(stopped) <= step + 2
+    assert steps(run)[-1] == int(stopped)
+    assert (run / "REQUEUE").read_text().startswith(f"stopped at step {stopped} of ")
+    assert not (run / "result.json").exists()
+
+
+def assert_resumes_to(run, other, processes=1, before=None):
+    """The resumed run equals the other, and takes the mark away."""
+    resumed = train("--resume_from", run, processes=processes, before=before)
+    assert [child.code for child in resumed] == [0] * processes, resumed[0].stderr
+    assert_equal(run, other)
+    assert not (run / "REQUEUE").exists()
+
+
+# ---- Signals.
+
+
+@pytest.mark.parametrize(
+    ("number", "processes", "ranks", "workers"),
+    [(TERM, 1, [0], 2), (INT, 1, [0], 0), (USR1, 1, [0], 0), (TERM, 2, [0, 1], 2), (INT, 2, [0], 0), (USR1, 2, [1], 0)],
+)
+def test_signalled_run_saves_and_goes_on_bit_for_bit(number, processes, ranks, workers, uninterrupted, flags, tmp_path):
+    run = tmp_path / "run"
+    hook = at_step(6, lambda: send(number, number), ranks)  # twice, as a launcher adds its own: no stop at once
+    own = ["--data.workers", workers, "--run_dir", run]
+    children = train(*flags, *own, before=hook, processes=processes)
+    assert_stopped(run, children, 6)
+    assert signal.Signals(number).name in children[0].stderr or "a signal to another process" in children[0].stderr
+    assert_resumes_to(run, uninterrupted(processes=processes), processes)
+
+
+def test_signal_at_the_last_step_leaves_the_last_evaluation_to_the_resumed_run(uninterrupted, flags, tmp_path):
+    children = train(*flags, "--run_dir", tmp_path / "run", before=at_step(16, lambda: send(TERM)))
+    assert_stopped(tmp_path / "run", children, 16)
+    assert_resumes_to(tmp_path / "run", uninterrupted())
+
+
+def test_signal_in_an_evaluation_leaves_it_to_the_resumed_run(uninterrupted, flags, tmp_path):
+    run, own = tmp_path / "run", ("--eval.samples", 12, "--micro_batch_size", 2)
+
+    def hook(found):
+        signalled = once(lambda: rank() == 1 and send(TERM))
+        after(Samples, "__getitems__", lambda _, samples, positions: samples.shuffle or signalled())
+
+    children = train(*flags, *own, "--run_dir", run, before=hook, processes=2)
+    assert_stopped(run, children, 7)
+    assert not series(run, "eval/loss")
+    assert_resumes_to(run, uninterrupted(*own, processes=2), processes=2)
+
+
+def test_evaluation_that_was_left_to_the_resumed_run_is_logged_once_if_that_is_killed(uninterrupted, flags, tmp_path):
+    def die_before_saving(found):
+        checkpoint.Saver.save = lambda *_: die()
+
+    run, own = tmp_path / "run", ("--optim.lr", 0)  # so that it is not the best, for which it would be saved
+    assert_stopped(run, train(*flags, *own, "--run_dir", run, before=at_step(14, lambda: send(TERM))), 14)
+    for _ in range(2):
+        (killed,) = train("--resume_from", run, before=die_before_saving)
+        assert killed.code == -signal.SIGKILL
+    train("--resume_from", run, before=at_step(15, lambda: (settle(), die())))
+    assert json.loads((last(run) / "trainer_state.json").read_text())["evaluated"] == 14
+    assert_resumes_to(run, uninterrupted(*own))
+
+
+def test_signal_while_acting_in_an_evaluation_leaves_it_to_the_resumed_run(uninterrupted, flags, tmp_path):
+    run, own = tmp_path / "run", ("--eval.env", "tabletop", "--eval.episodes", 2, "--eval.every", 0, "--steps", 8)
+
+    def hook(found):
+        found["acted"] = 0
+
+        def act(*_):
+            found["acted"] += 1
+            if found["acted"] == 5 and rank() == 1:
+                send(INT)
+
+        after(Tabletop, "step", act)
+
+    children = train(*flags, *own, "--run_dir", run, before=hook, processes=2)
+    assert_stopped(run, children, 8)
+    assert children[1].found["acted"] == 6  # two actions of each chunk
+    assert_resumes_to(run, uninterrupted(*own, processes=2), processes=2)
+
+
+def test_signal_while_a_save_is_in_flight_waits_for_it(uninterrupted, flags, tmp_path):
+    def hook(found):
+        def until_signalled():
+            while not the(guard.Signals).received:
+                time.sleep(0.01)
+            time.sleep(0.3)
+
+        checkpoint._commit = with_first(until_signalled, checkpoint._commit)
+
+    children = train(*flags, "--run_dir", tmp_path / "run", before=both(hook, at_step(6, lambda: send(USR1))))
+    assert_stopped(tmp_path / "run", children, 6)
+    assert steps(tmp_path / "run")[0] == 5
+    assert_resumes_to(tmp_path / "run", uninterrupted())
+
+
+def with_first(before, function):
+    def call(*arguments):
+        before()
+        return function(*arguments)
+
+    return call
+
+
+def test_signal_before_there_is_anything_to_save_ends_the_process_at_once(flags, tmp_path):
+    def hook(found):
+        after(LeRobotDataset, "__init__", lambda *_: (os.kill(os.getpid(), TERM), time.sleep(30)))
+
+    (child,) = train(*flags, "--run_dir", tmp_path / "run", before=hook)
+    assert child.code == 128 + TERM
+    assert (tmp_path / "run/REQUEUE").read_text() == "stopped at once by SIGTERM\n"
+
+
+def test_second_signal_ends_even_a_process_that_waits_for_another_at_once(flags, tmp_path):
+    def hook(found):
+        def signals():
+            for number, pause in ((INT, 0.1), (INT, guard.COPIES + 0.5), (TERM, 30)):
+                os.kill(os.getpid(), number)
+                time.sleep(pause)
+
+        def hang(*_):
+            threading.Thread(target=signals, daemon=True).start()
+            if rank() == 1:
+                time.sleep(30)  # and the other waits in the library that sums the gradients
+
+        at_step(8, hang)(found)
+
+    run = tmp_path / "run"
+    children = train(*flags, "--run_dir", run, before=hook, processes=2)
+    assert [child.code for child in children] == [128 + TERM] * 2, children[0].stderr
+    assert (run / "REQUEUE").read_text() == "stopped at once by SIGTERM\n"
+    assert steps(run)[-1] == 7  # the best so far
+    checkpoint.verify(last(run))
+
+
+@pytest.mark.parametrize(
+    ("processes", "number"), [(1, TERM), (2, TERM), (2, signal.SIGKILL)], ids=["one", "two", "two_orphans"]
+)
+def test_signal_to_the_launcher_alone_makes_its_processes_save_and_stop(processes, number, flags, tmp_path):
+    run = tmp_path / "run"
+    where = [*TWO_PROCESSES, "--main_process_port", "0", "--mixed_precision", "no"] if processes > 1 else ["--cpu"]
+    own = ["--steps", "5000", "--eval.every", "0", "--checkpoint.every", "1000000", "--run_dir", str(run)]
+    launcher = start([*LAUNCH, *where, "train.py", *flags, *own])
+    wait_for_step(run, 5, launcher, checkpoints=0)
+    workers = psutil.Process(launcher.pid).children(recursive=True)
+    assert len(workers) == processes
+    launcher.send_signal(number)
+    _, left = psutil.wait_procs(workers, timeout=25)
+    for process in left:
+        process.kill()
+    assert not left
+    launcher.wait(25)
+    assert 5 <= steps(run)[-1] == metrics(run)[-1]["step"] < 5000
+    checkpoint.verify(last(run))
+    assert (run / "REQUEUE").exists()
+
+
+# ---- Other processes.
+
+
+def settle():
+    the(checkpoint.Saver).settle()
+
+
+def test_death_of_a_process_ends_the_other_and_the_run_goes_on_from_its_last_checkpoint(uninterrupted, flags, tmp_path):
+    run = tmp_path / "run"
+    children = train(*flags, "--run_dir", run, before=both(at_step(6, settle), at_step(9, die, [1])), processes=2)
+    assert [child.code for child in children] == [1, -signal.SIGKILL]
+    assert_resumes_to(run, uninterrupted(processes=2), processes=2)
+
+
+@pytest.mark.parametrize("dying", [0, 1])
+def test_death_of_a_process_while_a_save_is_in_flight_leaves_whole_checkpoints_alone(
+    dying, uninterrupted, flags, tmp_path
+):
+    run = tmp_path / "run"
+
+    def hook(found):
+        def commit(temporary, final, original=checkpoint._commit):
+            if final.name == "step_00000007":  # the main process dies in it, or still writes when the other one is dead
+                die() if dying == 0 else time.sleep(0.5)
+            return original(temporary, final)
+
+        checkpoint._commit = commit
+        both(at_step(6, settle), at_step(8, die, {1} & {dying}))(found)
+
+    children = train(*flags, "--run_dir", run, before=hook, processes=2)
+    assert children[dying].code == -signal.SIGKILL
+    assert children[1 - dying].code == 1
+    assert steps(run) == [5]
+    checkpoint.verify(last(run))
+    assert_resumes_to(run, uninterrupted(processes=2), processes=2)
+    assert not list((run / "checkpoints").glob(".saving*"))
+
+
+def sleep_in(owner, name, step, seconds, hanging=(0,)):
+    """A hook: the first call of an attribute after `step` steps takes this long, in the processes of these ranks."""
+
+    def hook(found):
+        due = []
+        at_step(step, lambda: due.append(1), hanging)(found)
+
+        def doze(*_):
+            if due:
+                due.clear()
+                time.sleep(seconds)
+
+        setattr(owner, name, with_first(doze, getattr(owner, name)))
+
+    return hook
+
+
+NO_PROGRESS = "error: no progress for 2 seconds (--guard.hang_seconds), so this run ends:"
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "doing"),
+    [(Samples, "__getitems__", "waiting for the data of step 6"), (VLAPolicy, "forward", "computing step 6")],
+    ids=["data", "forward"],
+)
+def test_process_that_hangs_is_named_and_all_end(owner, name, doing, flags, tmp_path):
+    own = ["--guard.hang_seconds", 2, "--run_dir", tmp_path / "run"]
+    children = train(*flags, *own, before=sleep_in(owner, name, 5, 300, [1]), processes=2)
+    assert [child.code for child in children] == [1, 1]
+    assert NO_PROGRESS in children[1].stderr
+    assert "in doze" in children[1].stderr  # where it stands
+    for told in (child.stderr for child in children if NO_PROGRESS in child.stderr):
+        assert re.search(r"^  process 0: computing step 6, backward, for \d s$", told, re.M)
+        assert re.search(rf"^  process 1: {doing}, for \d s   <- behind the others$", told, re.M)
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_process_that_is_stopped_is_named_and_the_other_ends(stopped, flags, tmp_path):
+    # The main process holds the store through which the others hear of it: then they hear nothing.
+    def stop():
+        other = f"ps -o stat= -p $(cat {tmp_path}/{1 - stopped}) | grep -q '^[^Z]'"
+        subprocess.Popen(["sh", "-c", f"while {other}; do sleep 0.1; done; kill -9 {os.getpid()}"])
+        while b"step 6" not in the(guard.Watchdog).store.get(f"alive/{stopped}"):
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    def hook(found):
+        (tmp_path / str(rank())).write_text(str(os.getpid()))
+        at_step(6, stop, [stopped])(found)
+
+    own = ["--guard.hang_seconds", 2, "--run_dir", tmp_path / "run"]
+    children = train(*flags, *own, before=hook, processes=2)
+    assert children[stopped].code == -signal.SIGKILL
+    assert children[1 - stopped].code == 1
+    told = children[1 - stopped].stderr
+    assert NO_PROGRESS in told
+    known = "no word from it" if stopped == 0 else r"step 6, for \d s, then silent for \d s: stopped or dead"
+    assert re.search(f"^  process {stopped}: {known}", told, re.M)
+
+
+def test_single_process_that_hangs_ends_and_says_where(flags, tmp_path):
+    own = ["--guard.hang_seconds", 1, "--run_dir", tmp_path / "run"]
+    (child,) = train(*flags, *own, before=sleep_in(VLAPolicy, "forward", 5, 300))
+    assert child.code == 1
+    assert re.search(r"^  process 0: computing step 6, for \d s$", child.stderr, re.M)
+    assert "in doze" in child.stderr
+
+
+def test_watchdog_can_be_turned_off(flags, tmp_path):
+    hook = both(
+        sleep_in(VLAPolicy, "forward", 5, 1.5),
+        at_step(5, lambda: [thread.name for thread in threading.enumerate()].index("signals")),
+    )
+    (child,) = train(*flags, "--guard.hang_seconds", 0, "--run_dir", tmp_path / "run", before=hook)
+    child.ok()
+
+
+def test_long_evaluation_and_slow_step_that_move_are_no_hang(flags, tmp_path):
+    def slow(found):
+        due = []
+
+        def doze(*_):
+            if len(due) < 8:  # four micro-batches and four batches of an evaluation
+                due.append(time.sleep(0.6))
+
+        VLAPolicy.forward = with_first(doze, VLAPolicy.forward)
+
+    own = ["--guard.hang_seconds", 2, "--micro_batch_size", 3, "--eval.samples", 12, "--steps", 1]
+    (child,) = train(*flags, *own, "--run_dir", tmp_path / "run", before=slow)
+    child.ok()
+
+
+def test_signs_of_life_change_nothing_in_the_training(uninterrupted, flags, tmp_path):
+    def often(found):
+        found["signs"] = 0
+
+        def watch(self, original=guard.Watchdog._watch):
+            self.tick = 0.005
+            original(self)
+            found["signs"] = int(self.store.get("alive/1").split()[0])
+
+        guard.Watchdog._watch = watch
+
+    runs = {"off": tmp_path / "off", "often": tmp_path / "often"}
+    for child in train(*flags, "--guard.hang_seconds", 0, "--run_dir", runs["off"], processes=2):
+        child.ok()
+    for child in train(*flags, "--run_dir", runs["often"], before=often, processes=2):
+        assert child.ok().found["signs"] > 16
+    assert_equal(runs["off"], runs["often"])
+
+
+# ---- Numbers that are not finite, and spikes.
+
+
+def spoil(positions, how="actions"):
+    """A hook that spoils the samples at these positions: their "actions" are no numbers, or the "gradient" of their
+    batch is none, or their "loss" is 100 times as high. Finds the positions of each batch trained on, and the spoiled
+    states.
+    """
+
+    def hook(found):
+        found["positions"], found["states"] = [], []
+
+        def forward(self, batch, original=VLAPolicy.forward):
+            if not self.training:
+                return original(self, batch)
+            found["positions"].append(batch["position"].tolist())
+            bad = torch.isin(batch["position"], torch.tensor(list(positions)))
+            found["states"] += batch["state"][bad].tolist()
+            if how == "actions":
+                batch["actions"][bad] = math.nan
+            output = original(self, batch)
+            if how == "gradient" and bad.any():
+                output["loss"].register_hook(lambda gradient: gradient * math.nan)
+            if how == "loss":
+                scale = 1 + 99 * bad
+                output |= {"loss": output["loss"] * scale.max(), "sample_loss": output["sample_loss"] * scale}
+            return output
+
+        VLAPolicy.forward = forward
+
+    return hook
+
+
+def watch_weights(found):
+    """Finds the bits of the weights after each step."""
+    found["weights"], policies = [], []
+
+    def keep(*_):
+        bits = b"".join(value.numpy().tobytes() for value in policies[0].state_dict().values())
+        found["weights"].append(hashlib.sha256(bits).digest())
+
+    after(VLAPolicy, "__init__", lambda _, policy, *rest: policies.append(policy))
+    after(log.RunLog, "step", keep)
+
+
+def skips(child):
+    """What was told of each skipped update: (step, why)."""
+    return re.findall(r"^step (\d+): update skipped, (.*)$", child.stderr, re.M)
+
+
+@pytest.mark.parametrize(("how", "micro"), [("actions", 8), ("actions", 2), ("gradient", 2)])
+def test_sample_that_is_not_finite_in_one_process_is_named_and_not_learned_by_any(how, micro, data, flags, tmp_path):
+    # Of the 16 samples of a step, the last is in the only micro-batch of process 1, or in its fourth.
+    own = ["--global_batch_size", 16, "--micro_batch_size", micro, "--run_dir", tmp_path / "run"]
+    children = train(*flags, *own, before=both(spoil([4 * 16 + 15], how), watch_weights), processes=2)
+    first, second = (child.ok().found for child in children)
+    assert first["weights"] == second["weights"]
+    assert [a == b for a, b in pairwise(first["weights"])] == [step == 5 for step in range(2, 17)]
+    assert result(tmp_path / "run")["skipped_updates"] == 1
+    assert (len(first["states"]), len(second["states"])) == (0, 1)
+    why = "a gradient is not finite; the samples are those at positions 64 to 79"
+    if how == "actions":
+        dataset = LeRobotDataset(data)
+        (frame,) = np.flatnonzero((dataset.state == np.float32(second["states"][0])).all(axis=1))
+        episode = np.searchsorted(dataset.episode_to, frame, side="right")
+        why = f"position 79 (frame {frame - dataset.episode_from[episode]} of episode {episode})"
+        why = f"the loss is not finite for {why}"
+    assert skips(children[0]) == [("5", why)]
+
+
+@pytest.mark.parametrize("micro", [12, 4])
+def test_skipped_updates_leave_everything_as_it_was_and_are_counted(micro, flags, tmp_path):
+    own = ["--checkpoint.every", 1, "--checkpoint.keep", 99, "--log.every", 2, "--micro_batch_size", micro]
+    (child,) = train(*flags, *own, "--run_dir", tmp_path / "run", before=spoil([3 * 12, 8 * 12 + 11]))
+    child.ok()
+    counted = {step: (step >= 4) + (step >= 9) for step in range(1, 17)}
+    assert series(tmp_path / "run", "train/skipped_updates") == {step: counted[step] for step in range(2, 17, 2)}
+    assert result(tmp_path / "run")["skipped_updates"] == 2
+    folders = checkpoint.all_steps(tmp_path / "run/checkpoints")
+    saved = {step: load_file(path / "model.safetensors") for step, path in folders.items()}
+    moments = {step: torch.load(path / "optimizer.bin", weights_only=True)["state"] for step, path in folders.items()}
+    for step in range(2, 17):
+        assert all(torch.isfinite(value).all() for value in saved[step].values())
+        unchanged = all(torch.equal(saved[step][name], saved[step - 1][name]) for name in saved[step])
+        assert unchanged == (step in (4, 9))
+        assert moments[step][0]["step"] == step - counted[step]
+    assert all(torch.isfinite(value).all() for value in weights(tmp_path / "run", "ema.safetensors").values())
+
+
+def test_metrics_are_json_even_where_a_loss_is_not_finite(flags, tmp_path):
+    def refuse(constant):
+        raise ValueError(f"{constant} is not JSON")
+
+    (child,) = train(*flags, "--log.every", 2, "--run_dir", tmp_path / "run", before=spoil([3 * 12]))
+    child.ok()
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    assert len([json.loads(line, parse_constant=refuse) for line in lines]) > 8
+
+
+GUARD = ("--guard.bad_steps", 3, "--checkpoint.every", 4, "--checkpoint.keep", 9, "--eval.every", 3)
+SPOILED = spoil([7 * 12 + 3, 8 * 12 + 11, 9 * 12])  # one bad sample in each of three steps, counted from 0
+STREAKS = {
+    "longer than a window": ([7, 8, 9, 10], [[7, 3]]),
+    "twice as long": ([7, 8, 9, 10, 11, 12], [[7, 3], [7, 3]]),
+    "one after the other": ([7, 8, 9, 14, 15, 16], [[7, 3], [11, 3]]),
+}
+
+
+@pytest.mark.parametrize(("bad", "windows"), STREAKS.values(), ids=STREAKS)
+def test_run_goes_back_and_leaves_the_steps_of_a_bad_streak_out(bad, windows, flags, tmp_path):
+    run = tmp_path / "run"
+    (child,) = train(*flags, *GUARD, "--run_dir", run, before=spoil([12 * step + step % 12 for step in bad]))
+    told = result(run) if child.ok() else None
+    assert told["left_out"] == windows
+    assert told["rollbacks"] == len(windows)
+    assert told["skipped_updates"] == len(bad) - 3 * len(windows)
+    left_out = bad[: 3 * len(windows)]
+    expected = [step for step in range(16 + len(left_out)) if step not in left_out]
+    for name in ("train/loss", "train/grad_norm"):
+        assert list(series(run, name)) == list(range(1, 17))
+    assert [positions[0] // 12 for positions in child.found["positions"]][-5:] == expected[-5:]
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 17))
+    assert [event.step for event in events.Scalars("eval/loss")] == [3, 6, 9, 12, 15, 16]
+
+
+def test_streak_that_is_full_where_the_run_would_save_is_not_saved(flags, tmp_path):
+    def keep(found):
+        after(checkpoint.Saver, "save", lambda _, saver, state: found["saved"].append(state["bad_in_a_row"]))
+        found["saved"] = []
+
+    hook = both(keep, spoil([12 * step for step in (5, 6, 7)]))
+    (child,) = train(*flags, *GUARD, "--run_dir", tmp_path / "run", before=hook)
+    assert result(tmp_path / "run")["left_out"] == [[5, 3]] if child.ok() else None
+    assert child.found["saved"]
+    assert max(child.found["saved"]) < 3
+
+
+def die_at_line(number):
+    """A hook as of `die_at`, by the number of steps that were logged, some of them twice."""
+
+    def hook(found):
+        logged = []
+
+        def count(_, run_log, step, values):
+            if "train/loss" in values:
+                logged.append(step)
+                if len(logged) == number:
+                    settle()
+                    die()
+
+        after(log.RunLog, "metrics", count)
+
+    return hook
+
+
+# The run logs its steps 1 to 11, goes back to 6, and logs 7 to 16. It saves step 8 both times.
+@pytest.mark.parametrize("lines", [9, 11, 12, 15], ids=["in", "at_the_end", "gone_back", "saved_again"])
+def test_run_that_goes_back_is_the_same_wherever_it_is_killed(lines, uninterrupted, flags, tmp_path):
+    run = tmp_path / "run"
+    (killed,) = train(*flags, *GUARD, "--run_dir", run, before=both(SPOILED, die_at_line(lines)))
+    assert killed.code == -signal.SIGKILL
+    assert_resumes_to(run, uninterrupted(*GUARD, before=SPOILED), before=SPOILED)
+    assert result(run)["rollbacks"] == 1
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 17))
+
+
+def test_processes_that_go_back_and_are_killed_then_equal_those_that_were_not(uninterrupted, flags, tmp_path):
+    run, own = tmp_path / "run", (*GUARD, "--data.workers", 1)
+    killed = train(*flags, *own, "--run_dir", run, before=both(SPOILED, die_at_line(12)), processes=2)
+    assert [child.code for child in killed] == [-signal.SIGKILL] * 2
+    assert_resumes_to(run, uninterrupted(*GUARD, processes=2, before=SPOILED), processes=2, before=SPOILED)
+    assert result(run)["rollbacks"] == 1
+
+
+def test_signal_when_the_run_goes_back_leaves_that_to_the_resumed_run(uninterrupted, flags, tmp_path):
+    hook = both(SPOILED, at_step(11, lambda: send(TERM)))
+    children = train(*flags, *GUARD, "--run_dir", tmp_path / "run", before=hook)
+    assert "going back" in children[0].ok().stderr
+    assert_resumes_to(tmp_path / "run", uninterrupted(*GUARD, before=SPOILED), before=SPOILED)
+
+
+def test_run_that_goes_back_to_before_its_measure_was_changed_forgets_the_best_of_the_old_one(flags, tmp_path):
+    run = tmp_path / "run"
+    train(*flags, *GUARD, "--run_dir", run, before=both(SPOILED, at_step(5, lambda: send(TERM))))
+    (resumed,) = train("--resume_from", run, "--eval.metric", "action_error", before=SPOILED)
+    assert "going back" in resumed.ok().stderr
+    errors = series(run, "eval/action_error")
+    assert (result(run)["metric"], result(run)["best"]) == ("action_error", errors[result(run)["best_step"]])
+
+
+def test_run_that_never_becomes_finite_stops_in_one_line_and_keeps_its_last_checkpoint(flags, tmp_path):
+    run, own = tmp_path / "run", (*GUARD, "--guard.rollbacks", 2, "--run_dir", tmp_path / "run")
+    first, second = train(*flags, *own, before=spoil(range(7 * 12, 99 * 12)), processes=2)
+    assert (first.code, second.code) == (1, 1)
+    assert first.stderr.count("going back to") == 2
+    (told,) = [line for line in first.stderr.splitlines() if line.startswith("error: ")]
+    assert "3 updates in a row, up to step 10, were skipped, and the run has gone back 2 times before" in told
+    assert "Traceback" not in first.stderr
+    assert "error" not in second.stderr
+    checkpoint.verify(last(run))
+    assert all(torch.isfinite(value).all() for value in weights(run).values())
+    (resumed,) = train("--resume_from", run)
+    assert result(run)["step"] == 16 if resumed.ok() else None
+
+
+def test_run_that_has_nothing_to_go_back_to_stops_in_one_line(flags, tmp_path):
+    own = ["--guard.bad_steps", 3, "--checkpoint.every", 99, "--eval.every", 0, "--run_dir", tmp_path / "run"]
+    (child,) = train(*flags, *own, before=spoil(range(24, 999)))
+    assert child.code == 1
+    (told,) = [line for line in child.stderr.splitlines() if line.startswith("error: ")]
+    assert "3 updates in a row, up to step 5, were skipped, and there is nothing to go back to" in told
+    assert not steps(tmp_path / "run")
+
+
+def test_state_that_is_not_finite_is_never_saved_and_the_run_goes_back_from_it(flags, tmp_path):
+    def spoil_weights():
+        torch._foreach_mul_([parameter.data for parameter in the(VLAPolicy).parameters()], math.nan)
+
+    run, own = tmp_path / "run", ["--guard.bad_steps", 3, "--checkpoint.every", 2, "--eval.every", 0]
+    (child,) = train(*flags, *own, "--checkpoint.keep", 9, "--run_dir", run, before=at_step(5, spoil_weights))
+    assert "weights or moments are not finite" in child.ok().stderr
+    assert result(run)["left_out"] == [[5, 3]]
+    assert steps(run) == [2, 4, 6, 8, 10, 12, 14, 16]
+    for path in checkpoint.all_steps(run / "checkpoints").values():
+        saved = [*load_file(path / "model.safetensors").values(), *load_file(path / "ema.safetensors").values()]
+        assert all(torch.isfinite(value).all() for value in saved)
+
+
+SPIKES = ("--guard.spike_factor", 4)
+SPIKE = spoil([8 * 12 + 4], "loss")
+
+
+def test_guard_against_spikes_changes_nothing_where_there_is_none(uninterrupted, flags, tmp_path):
+    run = tmp_path / "run"
+    (child,) = train(*flags, *SPIKES, "--run_dir", run)
+    child.ok()
+    for name, value in weights(uninterrupted()).items():
+        assert torch.equal(weights(run)[name], value)
+    assert metrics(run) == metrics(uninterrupted())
+    assert result(run)["loss_average"] == pytest.approx(1.8, abs=0.5)  # of the losses of its steps
+
+
+@pytest.mark.parametrize("micro", [12, 3])
+def test_spike_is_told_and_not_learned_and_the_average_goes_on_when_resumed(micro, uninterrupted, flags, tmp_path):
+    run, own = tmp_path / "run", (*SPIKES, "--micro_batch_size", micro, "--checkpoint.every", 6, "--eval.every", 0)
+    whole = uninterrupted(*own, before=SPIKE)
+    (killed,) = train(*flags, *own, "--run_dir", run, before=both(SPIKE, watch_weights, die_at_line(8)))
+    assert killed.code == -signal.SIGKILL
+    assert "update skipped" not in killed.stderr
+    (resumed,) = train("--resume_from", run, before=both(SPIKE, watch_weights))
+    assert_equal(run, whole)
+    assert [a == b for a, b in pairwise(resumed.ok().found["weights"])] == [step == 9 for step in range(8, 17)]
+    ((step, why),) = skips(resumed)
+    assert (step, result(run)["skipped_updates"]) == ("9", 1)
+    assert why.startswith("the loss is beyond 4 times its running average (--guard.spike_factor); it is highest for ")
+    assert "position 100 (" in why
+
+
+def test_spike_is_learned_like_the_rest_by_default(flags, tmp_path):
+    (child,) = train(*flags, "--run_dir", tmp_path / "run", before=both(SPIKE, watch_weights))
+    assert "skipped" not in child.ok().stderr
+    assert len(set(child.found["weights"])) == 16
+
+
+def test_run_goes_back_from_spikes_in_a_row(flags, tmp_path):
+    run = tmp_path / "run"
+    hook = spoil([12 * step for step in (7, 8, 9)], "loss")
+    for child in train(*flags, *GUARD, *SPIKES, "--run_dir", run, before=hook, processes=2):
+        child.ok()
+    assert result(run)["left_out"] == [[7, 3]]
+    first, *others = series(run, "train/loss").values()
+    average = reduce(lambda average, loss: average + guard.SPIKE_WEIGHT * (loss - average), others, first)
+    assert result(run)["loss_average"] == pytest.approx(average, rel=1e-5)  # over all processes
