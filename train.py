@@ -67,11 +67,7 @@ def main(config: configuration.TrainConfig) -> None:
         rollout.check_fits(policy.config, config.eval.env)
 
     # ---- Accelerator. It does not get the loader, whose order is arithmetic (vla/data/stream.py), nor the schedule.
-    # To look for unused parameters keeps DDP from sorting its buckets anew after the first step, by which a resumed run
-    # would add up the gradients of three and more processes in another order than one that was not stopped.
-    ddp = DistributedDataParallelKwargs(
-        gradient_as_bucket_view=True, broadcast_buffers=False, find_unused_parameters=True
-    )
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
     accelerator = Accelerator(gradient_accumulation_steps=accumulation, project_dir=run_dir, kwargs_handlers=[ddp])
     if accelerator.gradient_accumulation_steps != accumulation:
         raise InputError(
@@ -112,6 +108,14 @@ def main(config: configuration.TrainConfig) -> None:
         raise InputError(f"--steps {steps} is behind the checkpoint, which is of step {first_step}; give at least that")
     if main_process:
         configuration.save(config, run_dir / "config.json")
+
+    if accelerator.num_processes > 1:
+        # DDP sorts its buckets by its first backward pass, and gradients added in another order have other bits.
+        # That pass is made here and forgotten, so that a resumed run adds like one that was not stopped.
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            batch = train_samples.__getitems__(range(micro_batch))
+            accelerator.backward(model({name: value.to(device) for name, value in batch.items()})["loss"])
+            optimizer.zero_grad()
 
     log = RunLog(accelerator, config, first_step, steps, evaluated=state["evaluated"] == first_step)
     log.say(
@@ -172,10 +176,9 @@ def main(config: configuration.TrainConfig) -> None:
                 f"the last checkpoint is intact: {cure}"
             )
         guard.go_on("going back")
-        paths = checkpoint.all_steps(checkpoints)
-        later = [path for saved, path in paths.items() if saved > window[0]]
+        later = [path for saved, path in checkpoint.all_steps(checkpoints).items() if saved > window[0]]
         try:
-            before, path = restored(str(checkpoints), later if len(later) < len(paths) else [])
+            before, path = restored(str(checkpoints), later)
         except InputError as failure:
             raise FloatingPointError(f"{what}, and there is nothing to go back to ({failure}): {cure}") from None
         log.say(f"{what}: going back to {path}, and on without the samples of these steps")

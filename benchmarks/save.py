@@ -84,6 +84,7 @@ def main() -> None:
     saver.buffer.result()
 
     plain, ours, quiet, busy, whole = [], [], [], [], []
+    state = {"best_step": None, "evaluated": None, "metric": "loss", "score": None, "bad_in_a_row": 0}
     for number in range(1, options.saves + 1):
         began = wait()
         accelerator.save_state(str(folder / "plain"))
@@ -92,7 +93,7 @@ def main() -> None:
 
         before = [step() for _ in range(options.between)]
         began = wait()
-        saver.save({"step": number, "best_step": None, "evaluated": None, "metric": "loss", "score": None})
+        saver.save(state | {"step": number})
         during = []
         while not saver.pending.done():
             during.append(step())

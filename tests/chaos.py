@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 
 from training import LAUNCH, ON_CPU, TWO_PROCESSES, after, everything  # noqa: E402
 
-from vla import InputError, checkpoint, guard, model  # noqa: E402
+from vla import InputError, checkpoint, guard  # noqa: E402
 
 BATCH = 12
 FLAGS = [
@@ -65,9 +65,8 @@ def record(path: Path) -> None:
     def write(*words) -> None:
         os.write(handle, (" ".join(map(str, words)) + "\n").encode())
 
-    def learned(_, policy, batch) -> None:
-        if policy.training:
-            positions.extend(batch["position"].tolist())
+    def learned(_, guard, loss, sample_loss, position) -> None:
+        positions.extend(position.tolist())
 
     def made(_, guard, step, *rest) -> None:
         write("step", step, rank, *positions)
@@ -79,7 +78,7 @@ def record(path: Path) -> None:
         begin(saver, state)
 
     begin, checkpoint.Saver.save = checkpoint.Saver.save, save
-    after(model.VLAPolicy, "forward", learned)
+    after(guard.Guard, "checked", learned)
     after(guard.Guard, "step", made)
     after(checkpoint, "_commit", lambda _, temporary, final: write("commit", int(final.name[-8:])))
     if rank == 0:

@@ -26,7 +26,7 @@ from training import (
     weights,
 )
 
-from vla import evaluate, log, sim
+from vla import evaluate, guard, log, sim
 from vla.config import ModelConfig
 from vla.data.lerobot import LeRobotDataset
 from vla.data.stream import Samples
@@ -38,7 +38,6 @@ LAYOUTS = {"1x8": (1, 8), "2x4": (2, 4), "1x2, accumulated 4 times": (1, 2), "2x
 
 def watch(found):
     """Finds the positions and keys trained on, in order, and the weights at the end."""
-    found["positions"], found["keys"] = [], []
 
     def forward(self, batch, original=VLAPolicy.forward):
         if self.training:
@@ -49,8 +48,13 @@ def watch(found):
     def keep_weights(*_):
         found["weights"] = {name: value.numpy().copy() for name, value in policies[0].state_dict().items()}
 
+    def begin(*_):  # what came before was not learned
+        found["positions"], found["keys"] = [], []
+
     policies = []
+    begin()
     VLAPolicy.forward = forward
+    after(guard.Guard, "__init__", begin)
     after(VLAPolicy, "__init__", lambda _, policy, *rest: policies.append(policy))
     after(log.RunLog, "close", keep_weights)
 
@@ -130,9 +134,6 @@ def test_all_processes_end_with_the_same_weights(layouts):
 
 def test_only_the_last_micro_batch_of_a_step_sends_gradients(flags, tmp_path):
     def count(found):
-        found["forwards"] = found["reductions"] = 0
-        found["at"] = set()
-
         def reduce(state, bucket):
             found["reductions"] += 1
             found["at"].add((found["forwards"] - 1) % found["micro_batches"])
@@ -142,12 +143,18 @@ def test_only_the_last_micro_batch_of_a_step_sends_gradients(flags, tmp_path):
             found["forwards"] += self.training
             return original(self, batch)
 
+        def begin(*_):  # what came before was not learned
+            found["forwards"] = found["reductions"] = 0
+            found["at"] = set()
+
         def prepared(objects, accelerator, *_):
             found["micro_batches"] = accelerator.gradient_accumulation_steps
             objects[0].register_comm_hook(None, reduce)
 
+        begin()
         VLAPolicy.forward = forward
         after(Accelerator, "prepare", prepared)
+        after(guard.Guard, "__init__", begin)
 
     reductions = {}
     for micro, micro_batches in ((6, 1), (2, 3)):

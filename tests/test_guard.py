@@ -517,6 +517,15 @@ def test_streak_that_is_full_where_the_run_would_save_is_not_saved(flags, tmp_pa
     assert max(child.found["saved"]) < 3
 
 
+def test_checkpoint_before_a_streak_is_kept_while_the_run_may_go_back_to_it(uninterrupted, flags, tmp_path):
+    own = ("--guard.bad_steps", 4, "--checkpoint.every", 4, "--checkpoint.keep", 1, "--eval.every", 0)
+    hook, run = spoil([12 * step for step in (7, 8, 9, 10)]), tmp_path / "run"
+    (stopped,) = train(*flags, *own, "--run_dir", run, before=both(hook, at_step(8, lambda: send(TERM))))
+    assert stopped.ok()
+    assert 4 in steps(run)
+    assert_resumes_to(run, uninterrupted(*own, before=hook), before=hook)
+
+
 def die_at_line(number):
     """A hook as of `die_at`, by the number of steps that were logged, some of them twice."""
 

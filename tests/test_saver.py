@@ -55,7 +55,14 @@ def new_saver(training, folder, keep=1):
 
 def state_of(step, **values):
     """The trainer's counters, as far as saving and rotation look at them."""
-    return {"step": step, "best_step": None, "evaluated": None, "metric": "loss", "score": None} | values
+    return {
+        "step": step,
+        "best_step": None,
+        "evaluated": None,
+        "metric": "loss",
+        "score": None,
+        "bad_in_a_row": 0,
+    } | values
 
 
 def commit(training, folder, step, keep=1, **values):

@@ -318,7 +318,9 @@ def rotate(folder: Path, state: dict, config: CheckpointConfig, is_good: Callabl
     steps = {step: path for step, path in all_steps(folder).items() if step <= state["step"]}
     good = [path for path in reversed(steps.values()) if is_good(path)]
     regular = [path for step, path in steps.items() if config.keep_every and step % config.keep_every == 0]
-    kept = {*good[: config.keep], *regular, best(state, good)}
+    # In a row of skipped updates the run may yet have to go back to before it.
+    before = [path for path in good if int(path.name[-8:]) <= state["step"] - state["bad_in_a_row"]]
+    kept = {*good[: config.keep], *before[:1], *regular, best(state, good)}
     for path in all_steps(folder).values() if good else ():
         if path not in kept:
             _delete(path)

@@ -145,7 +145,7 @@ class CheckpointConfig:
 @dataclass(frozen=True)
 class GuardConfig:
     # Updates skipped in a row, as loss or gradient was not finite, until the run goes back to its last good checkpoint
-    # and leaves these samples out.
+    # and leaves these samples out (in fp16 16 more, which its scale may need).
     bad_steps: int = 10
     # Times that it goes back until it stops.
     rollbacks: int = 3

@@ -7,6 +7,7 @@ over the processes on the device and read one step later, when it has arrived: n
 import contextlib
 import faulthandler
 import math
+import multiprocessing
 import os
 import signal
 import sys
@@ -137,6 +138,8 @@ class Watchdog:
         sys.stderr.flush()
         faulthandler.dump_traceback(sys.stderr)
         time.sleep(self.tick if self.processes > 1 else 0)  # the others may ask for signs of life that are kept here
+        for worker in multiprocessing.active_children():
+            worker.kill()
         os._exit(1)
 
     def _ask(self, signs: dict[int, tuple[int, str]]) -> None:
@@ -170,6 +173,8 @@ class Guard:
             say,
             describe,
         )
+        # The scaler of fp16 may need as many updates to halve its scale down to 1 before anything else is at fault.
+        self.patience = config.bad_steps + (16 if accelerator.scaler else 0)
         self.watchdog = Watchdog(accelerator, config.hang_seconds)
         self.stopping = False  # agreed on by all: save and stop
         self.given_up = False  # agreed on by all: too many saves have failed
@@ -261,7 +266,7 @@ class Guard:
         self.stopping, self.given_up = self.stopping or stopping > 0, self.given_up or given_up > 0
         if bad:
             self._tell(step, seen, spike > 0)
-        if bad >= self.config.bad_steps and self.window is None:
+        if bad >= self.patience and self.window is None:
             self.window = step - int(bad), int(bad)
 
     def _tell(self, step: int, seen: list[tuple[Tensor, Tensor]], spike: bool) -> None:
