@@ -346,7 +346,7 @@ def _delete(path: Path) -> None:
 
 
 def _let_training_go_first() -> None:
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)  # on Linux a thread has a priority of its own
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 14)  # on Linux a thread has a priority of its own
 
 
 def _buffer(size: int, cuda: bool) -> np.ndarray:
