@@ -271,8 +271,9 @@ def main(config: configuration.TrainConfig) -> None:
             raise FloatingPointError(f"eval/{config.eval.metric} was never finite, so there is nothing good to export")
         if main_process:
             best = checkpoint.find(str(run_dir / "best"), checkpoints)
+            state["best_step"] = int(best.name[-8:])  # another one if the save of the best has failed
             card = f"Trained on {config.data.path}; the best of {step} steps of {config.global_batch_size} samples"
-            export(best, run_dir / "export", f"{card} was step {int(best.name[-8:])}.")
+            export(best, run_dir / "export", f"{card} was step {state['best_step']}.")
         log.result(state)
     log.close()
     accelerator.wait_for_everyone()

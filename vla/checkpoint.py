@@ -315,13 +315,14 @@ def rotate(folder: Path, state: dict, config: CheckpointConfig, is_good: Callabl
     Call it after committing and verifying step state["step"]. Checkpoints of later steps are deleted too: they are of a
     future that was left by resuming from before it.
     """
-    steps = {step: path for step, path in all_steps(folder).items() if step <= state["step"]}
-    good = [path for path in reversed(steps.values()) if is_good(path)]
-    regular = [path for step, path in steps.items() if config.keep_every and step % config.keep_every == 0]
+    steps = all_steps(folder)
+    good = {step: path for step, path in reversed(steps.items()) if step <= state["step"] and is_good(path)}
+    newest = list(good.values())
+    regular = [path for step, path in good.items() if config.keep_every and step % config.keep_every == 0]
     # In a row of skipped updates the run may yet have to go back to before it.
-    before = [path for path in good if int(path.name[-8:]) <= state["step"] - state["bad_in_a_row"]]
-    kept = {*good[: config.keep], *before[:1], *regular, best(state, good)}
-    for path in all_steps(folder).values() if good else ():
+    before = [path for step, path in good.items() if step <= state["step"] - state["bad_in_a_row"]]
+    kept = {*newest[: config.keep], *before[:1], *regular, best(state, newest)}
+    for path in steps.values() if good else ():
         if path not in kept:
             _delete(path)
 
