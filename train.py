@@ -37,6 +37,7 @@ def main(config: configuration.TrainConfig) -> None:
     from vla.log import RunLog
     from vla.model import PolicyConfig, VLAPolicy
     from vla.optim import EMA, parameter_groups, schedule
+    from vla.saver import FAILURES, Saver
 
     # ---- What can be wrong with the input is found here, before any process group exists.
     started, run_dir = time.perf_counter(), Path(config.run_dir)
@@ -128,9 +129,12 @@ def main(config: configuration.TrainConfig) -> None:
         f"steps      {first_step} to {steps}: {steps * config.global_batch_size / len(train_samples):.1f} epochs in all"
     )
 
-    saver = checkpoint.Saver(accelerator, checkpoints, policy, asdict(policy.config), optimizer, ema, config.checkpoint)
     guard = Guard(accelerator, config.guard, signals, log.say, train_samples.describe)
     guard.load(state)
+    saver = Saver(
+        *(accelerator, checkpoints, policy, asdict(policy.config), optimizer, ema, config.checkpoint),
+        alive=lambda: guard.go_on("waiting for a checkpoint to be written"),
+    )
 
     def evaluated() -> bool:
         """Evaluate, log, keep the score; true if it is the best so far. All processes agree: values are reduced."""
@@ -193,7 +197,7 @@ def main(config: configuration.TrainConfig) -> None:
         if evaluating or saving or guard.stopping:
             guard.catch_up()
         if guard.given_up:
-            raise NotSaved(f"stopped at step {step}: {checkpoint.FAILURES} saves in a row failed, the warnings say why")
+            raise NotSaved(f"stopped at step {step}: {FAILURES} saves in a row failed, the warnings say why")
         if guard.window:
             saver.settle()
             state |= went_back(guard.window)
@@ -252,7 +256,6 @@ def main(config: configuration.TrainConfig) -> None:
             log.metrics(step, values | {"train/skipped_updates": guard.skipped.item()} | log.performance(step))
         log.saves(step, *saver.report())
 
-    guard.go_on("waiting for the last checkpoint")
     saver.finish()
     log.saves(step, *saver.report())
 

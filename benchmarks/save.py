@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from vla import checkpoint
 from vla.config import CheckpointConfig, ModelConfig, OptimConfig
 from vla.model import PolicyConfig, VLAPolicy
 from vla.optim import parameter_groups
+from vla.saver import Saver
 
 
 def main() -> None:
@@ -78,7 +78,7 @@ def main() -> None:
 
     folder = Path(options.folder or tempfile.mkdtemp())
     (folder / "ours").mkdir(parents=True)
-    saver = checkpoint.Saver(accelerator, folder / "ours", policy, {}, optimizer, None, CheckpointConfig(keep=1))
+    saver = Saver(accelerator, folder / "ours", policy, {}, optimizer, None, CheckpointConfig(keep=1))
     for _ in range(3):
         step()
     saver.buffer.result()

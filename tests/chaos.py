@@ -34,6 +34,7 @@ sys.path.insert(0, str(ROOT))
 from training import LAUNCH, ON_CPU, TWO_PROCESSES, after, everything  # noqa: E402
 
 from vla import InputError, checkpoint, guard  # noqa: E402
+from vla.saver import Saver  # noqa: E402
 
 BATCH = 12
 FLAGS = [
@@ -77,7 +78,7 @@ def record(path: Path) -> None:
             write("save", state["step"])
         begin(saver, state)
 
-    begin, checkpoint.Saver.save = checkpoint.Saver.save, save
+    begin, Saver.save = Saver.save, save
     after(guard.Guard, "checked", learned)
     after(guard.Guard, "step", made)
     after(checkpoint, "_commit", lambda _, temporary, final: write("commit", int(final.name[-8:])))

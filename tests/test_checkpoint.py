@@ -19,6 +19,7 @@ from training import after, assert_equal, command, die_at, in_children, last, re
 from vla import InputError, checkpoint, config, export
 from vla.model import VLAPolicy
 from vla.optim import parameter_groups
+from vla.saver import Saver
 
 FILES = (
     "MANIFEST.json",
@@ -58,8 +59,8 @@ def trained(flags, tmp_path_factory):
 
         VLAPolicy.forward = forward
         after(VLAPolicy, "__init__", lambda _, policy, *rest: policies.append(policy))
-        after(checkpoint.Saver, "__init__", begin)
-        after(checkpoint.Saver, "save", predict)
+        after(Saver, "__init__", begin)
+        after(Saver, "save", predict)
 
     run = tmp_path_factory.mktemp("trained") / "run"
     (child,) = train(*flags, "--checkpoint.keep", 9, "--run_dir", run, before=predict_at_each_save)
@@ -310,12 +311,12 @@ def test_metric_changed_when_a_run_is_resumed_makes_it_look_for_its_best_anew(ru
 def test_best_whose_save_failed_is_replaced_by_the_best_on_the_disk(flags, tmp_path):
     # Nothing is learned at a rate of 0, so the first evaluation, at step 7, stays the best.
     def fail_at_7(found):
-        def commit(temporary, final, original=checkpoint._commit):
+        def commit(temporary, final, original=checkpoint.commit):
             if final.name == "step_00000007":
                 raise OSError("broken")
             return original(temporary, final)
 
-        checkpoint._commit = commit
+        checkpoint.commit = commit
 
     run = tmp_path / "run"
     (child,) = train(*flags, "--optim.lr", 0, "--run_dir", run, before=fail_at_7)

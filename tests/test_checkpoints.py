@@ -97,7 +97,7 @@ def in_use(run: Path):
     here, there = context.Pipe()
 
     def hold() -> None:
-        checkpoint._lock(run)
+        checkpoint.lock(run)
         there.send(os.getpid())
         there.recv()
 
@@ -349,6 +349,13 @@ def test_prune_keeps_what_the_run_itself_would_keep(settings, left, run, say, tm
     before = everything(run / "checkpoints")
     assert "deleting nothing" in say(prune=True)
     assert everything(run / "checkpoints") == before
+
+
+def test_prune_keeps_what_a_run_in_a_bad_streak_may_go_back_to(run, say):
+    keep(run, keep=1)
+    rewrite(of(run, 16), bad_in_a_row=4)
+    say(prune=True)
+    assert steps(run) == [5, 10, 16]  # the best, the newest from before step 12, the newest
 
 
 def test_prune_keeps_the_last_good_checkpoint_however_old(run, say):

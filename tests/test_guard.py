@@ -42,6 +42,7 @@ from vla import checkpoint, guard, log
 from vla.data.lerobot import LeRobotDataset
 from vla.data.stream import Samples
 from vla.model import VLAPolicy
+from vla.saver import Saver
 from vla.sim.tabletop import Tabletop
 
 TERM, INT, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
@@ -123,7 +124,7 @@ def test_signal_in_an_evaluation_leaves_it_to_the_resumed_run(uninterrupted, fla
 
 def test_evaluation_that_was_left_to_the_resumed_run_is_logged_once_if_that_is_killed(uninterrupted, flags, tmp_path):
     def die_before_saving(found):
-        checkpoint.Saver.save = lambda *_: die()
+        Saver.save = lambda *_: die()
 
     run, own = tmp_path / "run", ("--optim.lr", 0)  # so that it is not the best, for which it would be saved
     assert_stopped(run, train(*flags, *own, "--run_dir", run, before=at_step(14, lambda: send(TERM))), 14)
@@ -161,7 +162,7 @@ def test_signal_while_a_save_is_in_flight_waits_for_it(uninterrupted, flags, tmp
                 time.sleep(0.01)
             time.sleep(0.3)
 
-        checkpoint._commit = with_first(until_signalled, checkpoint._commit)
+        checkpoint.commit = with_first(until_signalled, checkpoint.commit)
 
     children = train(*flags, "--run_dir", tmp_path / "run", before=both(hook, at_step(6, lambda: send(USR1))))
     assert_stopped(tmp_path / "run", children, 6)
@@ -234,7 +235,7 @@ def test_signal_to_the_launcher_alone_makes_its_processes_save_and_stop(processe
 
 
 def settle():
-    the(checkpoint.Saver).settle()
+    the(Saver).settle()
 
 
 def test_death_of_a_process_ends_the_other_and_the_run_goes_on_from_its_last_checkpoint(uninterrupted, flags, tmp_path):
@@ -251,12 +252,12 @@ def test_death_of_a_process_while_a_save_is_in_flight_leaves_whole_checkpoints_a
     run = tmp_path / "run"
 
     def hook(found):
-        def commit(temporary, final, original=checkpoint._commit):
+        def commit(temporary, final, original=checkpoint.commit):
             if final.name == "step_00000007":  # the main process dies in it, or still writes when the other one is dead
                 die() if dying == 0 else time.sleep(0.5)
             return original(temporary, final)
 
-        checkpoint._commit = commit
+        checkpoint.commit = commit
         both(at_step(6, settle), at_step(8, die, {1} & {dying}))(found)
 
     children = train(*flags, "--run_dir", run, before=hook, processes=2)
@@ -358,6 +359,19 @@ def test_long_evaluation_and_slow_step_that_move_are_no_hang(flags, tmp_path):
     own = ["--guard.hang_seconds", 2, "--micro_batch_size", 3, "--eval.samples", 12, "--steps", 1]
     (child,) = train(*flags, *own, "--run_dir", tmp_path / "run", before=slow)
     child.ok()
+
+
+def test_save_that_is_long_waited_for_is_no_hang(flags, tmp_path):
+    def slow(found):
+        def commit(temporary, final, original=checkpoint.commit):
+            time.sleep(4)
+            return original(temporary, final)
+
+        checkpoint.commit = commit
+
+    own = ("--guard.hang_seconds", 2, "--steps", 6, "--checkpoint.every", 3, "--eval.every", 0)
+    for child in train(*flags, *own, "--run_dir", tmp_path / "run", before=slow, processes=2):
+        child.ok()
 
 
 def test_signs_of_life_change_nothing_in_the_training(uninterrupted, flags, tmp_path):
@@ -507,7 +521,7 @@ def test_run_goes_back_and_leaves_the_steps_of_a_bad_streak_out(bad, windows, fl
 
 def test_streak_that_is_full_where_the_run_would_save_is_not_saved(flags, tmp_path):
     def keep(found):
-        after(checkpoint.Saver, "save", lambda _, saver, state: found["saved"].append(state["bad_in_a_row"]))
+        after(Saver, "save", lambda _, saver, state: found["saved"].append(state["bad_in_a_row"]))
         found["saved"] = []
 
     hook = both(keep, spoil([12 * step for step in (5, 6, 7)]))

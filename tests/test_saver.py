@@ -25,14 +25,16 @@ from safetensors.torch import load_file
 from training import after, in_children, steps, train
 
 from vla import InputError, NotSaved, checkpoint
+from vla import saver as saving
 from vla.config import CheckpointConfig
 from vla.optim import EMA
+from vla.saver import Saver
 
 
 @pytest.fixture(autouse=True)
 def writer_does_not_wait(monkeypatch):
     """For other tests, which take the processor; as it does for training."""
-    monkeypatch.setattr(checkpoint, "_let_training_go_first", lambda: None)
+    monkeypatch.setattr(saving, "_let_training_go_first", lambda: None)
 
 
 def small_training(dtype=torch.float32):
@@ -48,9 +50,7 @@ def small_training(dtype=torch.float32):
 
 def new_saver(training, folder, keep=1):
     accelerator, policy, optimizer, ema = training
-    return checkpoint.Saver(
-        accelerator, folder, policy, {"policy": "config"}, optimizer, ema, CheckpointConfig(keep=keep)
-    )
+    return Saver(accelerator, folder, policy, {"policy": "config"}, optimizer, ema, CheckpointConfig(keep=keep))
 
 
 def state_of(step, **values):
@@ -75,8 +75,8 @@ def commit(training, folder, step, keep=1, **values):
 
 
 def copy_at_every_line(run, copies):
-    """Copy the folder to `copies` before each line of vla/checkpoint.py and each call that changes the file system, in
-    whichever thread, and with half of a large file written; unless it is as it was at the copy before.
+    """Copy the folder to `copies` before each line of vla/checkpoint.py and vla/saver.py and each call that changes the
+    file system, in whichever thread, and with half of a large file written; unless it is as it was at the copy before.
 
     A copy is what kill -9 leaves at that moment. For a child: what it sets stays.
     """
@@ -93,7 +93,7 @@ def copy_at_every_line(run, copies):
         alone.release()
 
     def trace(frame, event, _):
-        if frame.f_code.co_filename == checkpoint.__file__:
+        if frame.f_code.co_filename in (checkpoint.__file__, saving.__file__):
             tick()
             return trace
         return None
@@ -106,7 +106,7 @@ def copy_at_every_line(run, copies):
 
         return half
 
-    checkpoint.save_file, torch.save, os.fsync = halfway(checkpoint.save_file), halfway(torch.save), tick
+    saving.save_file, torch.save, os.fsync = halfway(saving.save_file), halfway(torch.save), tick
     sys.addaudithook(lambda event, _: tick() if event in changes else None)
     threading.settrace(trace)
     sys.settrace(trace)
@@ -154,7 +154,7 @@ def test_crash_at_any_line_of_a_save_leaves_a_good_checkpoint(case, tmp_path):
 
     def go_on(found):
         training, saved = small_training(), f"step_{step:08d}"
-        checkpoint._lock = lambda _: None  # of so many runs in one process
+        checkpoint.lock = lambda _: None  # of so many runs in one process
         for crashed in crashes.iterdir():
             folder = checkpoint.prepare(crashed, True, 0)
             assert not list(folder.glob(".*"))
@@ -240,7 +240,7 @@ def full_after(step, folder, freed=True, checked=True):
 
     def hook(found):
         if not checked:
-            checkpoint.shutil = SimpleNamespace(**vars(shutil) | {"disk_usage": lambda _: SimpleNamespace(free=1e12)})
+            saving.shutil = SimpleNamespace(**vars(shutil) | {"disk_usage": lambda _: SimpleNamespace(free=1e12)})
 
         def saved(_, saver, state):
             saver.settle()
@@ -253,8 +253,8 @@ def full_after(step, folder, freed=True, checked=True):
                 if freed:
                     (folder / "filler").unlink()
 
-        after(checkpoint.Saver, "save", saved)
-        after(checkpoint.Saver, "report", reported)
+        after(Saver, "save", saved)
+        after(Saver, "report", reported)
 
     return hook
 
@@ -361,7 +361,7 @@ def checkpoints_of(folder, found):
         for name in checkpoint.NEEDED - {"trainer_state.json"}:
             (temporary / name).touch()
         (temporary / "trainer_state.json").write_text(json.dumps(state_of(step, **values) | {"versions": {}}))
-        checkpoint._commit(temporary, folder / f"step_{step:08d}")
+        checkpoint.commit(temporary, folder / f"step_{step:08d}")
 
 
 @pytest.mark.parametrize(
@@ -587,7 +587,7 @@ def test_last_save_that_fails_ends_every_process(tmp_path):
     def save(found):
         training = small_training()
         if training[0].is_main_process:
-            checkpoint.save_file = broken
+            saving.save_file = broken
         with pytest.raises(NotSaved) as raised:
             commit(training, tmp_path, 1)
         found["error"] = str(raised.value)
@@ -726,7 +726,7 @@ def job_with_a_worker(run):
 
 
 def impatient(found):
-    checkpoint._lock.__defaults__ = (0.3,)
+    checkpoint.lock.__defaults__ = (0.3,)
 
 
 def test_second_job_on_the_same_run_is_refused_and_told_of_the_first(flags, tmp_path):
@@ -771,7 +771,7 @@ def test_job_that_waited_for_another_does_not_begin_anew_what_that_has_saved(tmp
         def saved_meanwhile(_, run_dir):
             checkpoints_of(run_dir / "checkpoints", {1: {}})
 
-        after(checkpoint, "_lock", saved_meanwhile)
+        after(checkpoint, "lock", saved_meanwhile)
         with pytest.raises(InputError, match="already holds checkpoints"):
             checkpoint.prepare(tmp_path, False, 0)
 

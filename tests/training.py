@@ -33,6 +33,7 @@ from safetensors.torch import load_file
 
 from vla import checkpoint, evaluate, export, guard, log, model, optim, rollout  # noqa: F401
 from vla.data import lerobot, stream  # noqa: F401
+from vla.saver import Saver
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
@@ -213,7 +214,7 @@ def die_at(step: int) -> Callable[[dict], None]:
                 savers[0].settle()
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        after(checkpoint.Saver, "__init__", lambda _, saver, *rest, **named: savers.append(saver))
+        after(Saver, "__init__", lambda _, saver, *rest, **named: savers.append(saver))
         after(log.RunLog, "metrics", die)
 
     return hook

@@ -32,7 +32,8 @@ def look(folder: Path, hashes: bool) -> tuple[dict[Path, dict], dict[Path, str],
         try:
             checkpoint.verify(path, sizes_only=not hashes)
             state = checkpoint.read_state(path)
-            good[path] = {name: state[name] for name in ("best_step", "evaluated", "metric", "score", "step")}
+            needed = ("bad_in_a_row", "best_step", "evaluated", "metric", "score", "step")
+            good[path] = {name: state[name] for name in needed}
         except InputError as failure:
             if path.exists():
                 damaged[path] = str(failure).replace(f"{path}/", "").removeprefix(f"{path} ")
@@ -45,16 +46,11 @@ def look(folder: Path, hashes: bool) -> tuple[dict[Path, dict], dict[Path, str],
         return look(folder, hashes)
 
 
-def left_over(folder: Path) -> list[Path]:
-    """What crashes left, or a running job is writing or deleting."""
-    return sorted(path for name in ("saving", "deleting", "replaced") for path in folder.glob(f".{name}_*"))
-
-
 def show(folder: Path, good: dict[Path, dict], damaged: dict[Path, str], best: Path | None) -> None:
     """Print what `look` found as a table, with what else is in the folder."""
     total = 0
     print(f"{'step':>8}  {'age':>7}  {'size':>7}")
-    for path in [*sorted([*good, *damaged]), *left_over(folder)]:
+    for path in [*sorted([*good, *damaged]), *checkpoint.left_over(folder)]:
         step, what = str(int(path.name[-8:])), "damaged"
         if path in good:
             metric, score = good[path]["metric"], good[path]["score"]  # the lower the score, the better
@@ -71,20 +67,20 @@ def show(folder: Path, good: dict[Path, dict], damaged: dict[Path, str], best: P
     print(f"{_readable(total)} in all, {_readable(shutil.disk_usage(folder).free)} free on the disk")
 
 
-def prune(folder: Path, config: CheckpointConfig, good: dict[Path, dict], damaged: dict, best: Path | None) -> None:
+def prune(folder: Path, config: CheckpointConfig, good: dict[Path, dict], damaged: dict[Path, str]) -> None:
     """Delete what crashes left, what is damaged, and what the run's rotation would not keep, by their hashes.
 
     Raises InputError, deleting nothing, if no checkpoint is good.
     """
     if not good:
         raise InputError(f"{folder} holds no good checkpoint, so nothing is deleted")
-    regular = [path for path in good if config.keep_every and good[path]["step"] % config.keep_every == 0]
-    superseded = good.keys() - {*list(good)[-config.keep :], *regular, best}
-    doomed = [*left_over(folder), *damaged, *sorted(superseded)]
+    newest_first = list(reversed(good))
+    superseded = good.keys() - checkpoint.to_keep(newest_first, good[newest_first[0]], config)
+    doomed = [*checkpoint.left_over(folder), *damaged, *sorted(superseded)]
     names = ", ".join(path.name for path in doomed) or "nothing"
     print(f"deleting {names}; this frees {_readable(sum(map(_bytes, doomed)))}")
     for path in doomed:
-        checkpoint._delete(path)
+        checkpoint.delete(path)
 
 
 def _age(path: Path) -> str:
@@ -125,8 +121,8 @@ def main(config: CheckpointsConfig) -> None:
         raise InputError(f"{config.run} is no run: there is no folder {folder}; give one that train.py made")
     if config.prune:
         settings = load(run_dir / "config.json").checkpoint
-        checkpoint._lock(run_dir, patience=0)
-        checkpoint._put_back(folder)
+        checkpoint.lock(run_dir, patience=0)
+        checkpoint.put_back(folder)
     hashes = config.verify or config.prune
     good, damaged, best = look(folder, hashes)
     show(folder, good, damaged, best)
@@ -139,7 +135,7 @@ def main(config: CheckpointsConfig) -> None:
             raise InputError(f"--export {wanted}: expected one of {', '.join(sources)}")
         export.main(export.ExportConfig(str(sources[wanted]), out))
     if config.prune:
-        prune(folder, settings, good, damaged, best)
+        prune(folder, settings, good, damaged)
     if config.verify and damaged:
         raise InputError(f"{len(damaged)} of {len(good | damaged)} checkpoints damaged in {run_dir}")
 

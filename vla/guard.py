@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -84,8 +85,16 @@ class Signals:
             os.write(2, f"\n{name}: will save and stop; send it again to stop at once, without saving\n".encode())
 
 
+class Sign(NamedTuple):
+    """The last sign of life of a process: how many it has given, how long ago in seconds, and what it then did."""
+
+    count: int
+    idle: float
+    doing: str
+
+
 class Watchdog:
-    """Ends a process of a run in which nothing has moved for a while, and says which process hangs, and where.
+    """Ends a run in which nothing has moved for a while, in any process, and says which process hangs, and where.
 
     Each process shows its last sign of life to the others through the store of their process group.
     """
@@ -113,27 +122,44 @@ class Watchdog:
     def _watch(self) -> None:
         while True:
             idle = time.monotonic() - self.since
+            own = Sign(self.signs, idle, f"{self.doing}, for {idle:.0f} s")
             with contextlib.suppress(RuntimeError):  # the process that holds the store is gone: watch on alone
                 if self.store is not None:
-                    self.store.set(f"alive/{self.rank}", f"{self.signs} {time.time()} {idle} {self.doing}")
-            if idle > self.seconds:
-                self._end()
+                    self.store.set(f"alive/{self.rank}", f"{own.count} {time.time()} {own.idle} {own.doing}")
+            if own.idle > self.seconds:
+                signs = {self.rank: own} | self._others()
+                if min(sign.idle for sign in signs.values()) > self.seconds:
+                    self._end(signs)
             if self.ended.wait(self.tick):
                 break
 
-    def _end(self) -> None:
-        """What each process did last, where this one stands, and the end."""
-        signs = {self.rank: (self.signs, f"{self.doing}, for {time.monotonic() - self.since:.0f} s")}
+    def _others(self) -> dict[int, Sign]:
+        """The last signs of life of the other processes, of those that can be had."""
+        signs = {}
+
+        def ask() -> None:
+            for rank in {*range(self.processes)} - {self.rank}:
+                with contextlib.suppress(RuntimeError):
+                    count, told, idle, doing = self.store.get(f"alive/{rank}").decode().split(" ", 3)
+                    silent = time.time() - float(told)
+                    doing += f", then silent for {silent:.0f} s: stopped or dead" if silent > 3 * self.tick else ""
+                    signs[rank] = Sign(int(count), float(idle) + silent, doing)
+
         # A store whose process is stopped never answers, so it is asked by a thread that may be left behind.
-        asking = threading.Thread(target=self._ask, args=(signs,), daemon=True)
+        asking = threading.Thread(target=ask, daemon=True)
         asking.start()
         asking.join(PATIENCE)
-        signs = signs.copy()
-        behind, ahead = min(signs.values())[0], max(signs.values())[0]
+        return signs.copy()
+
+    def _end(self, signs: dict[int, Sign]) -> None:
+        """Say what each process did last and where this one stands, and end it."""
+        behind, ahead = min(sign.count for sign in signs.values()), max(sign.count for sign in signs.values())
         lines = [f"\nerror: no progress for {self.seconds:g} seconds (--guard.hang_seconds), so this run ends:"]
         for rank in range(self.processes):
-            count, doing = signs.get(rank, (None, "no word from it"))
-            lines.append(f"  process {rank}: {doing}" + ("   <- behind the others" if count == behind < ahead else ""))
+            what = "no word from it"
+            if rank in signs:
+                what = signs[rank].doing + ("   <- behind the others" if signs[rank].count == behind < ahead else "")
+            lines.append(f"  process {rank}: {what}")
         sys.stderr.write("\n".join([*lines, f"process {self.rank} stands at:", ""]))
         sys.stderr.flush()
         faulthandler.dump_traceback(sys.stderr)
@@ -141,15 +167,6 @@ class Watchdog:
         for worker in multiprocessing.active_children():
             worker.kill()
         os._exit(1)
-
-    def _ask(self, signs: dict[int, tuple[int, str]]) -> None:
-        """Fill in the other processes' last signs of life: how many they gave, and what they did."""
-        for rank in {*range(self.processes)} - {self.rank}:
-            with contextlib.suppress(RuntimeError):
-                count, told, idle, doing = self.store.get(f"alive/{rank}").decode().split(" ", 3)
-                silent = time.time() - float(told)
-                what = f", then silent for {silent:.0f} s: stopped or dead" if silent > 3 * self.tick else ""
-                signs[rank] = int(count), f"{doing}, for {float(idle):.0f} s{what}"
 
 
 class Guard:
@@ -166,13 +183,8 @@ class Guard:
         say: Callable[[str], None],
         describe: Callable[[list[int]], str],
     ):
-        self.accelerator, self.config, self.signals, self.say, self.describe = (
-            accelerator,
-            config,
-            signals,
-            say,
-            describe,
-        )
+        self.accelerator, self.config, self.signals = accelerator, config, signals
+        self.say, self.describe = say, describe
         # The scaler of fp16 may need as many updates to halve its scale down to 1 before anything else is at fault.
         self.patience = config.bad_steps + (16 if accelerator.scaler else 0)
         self.watchdog = Watchdog(accelerator, config.hang_seconds)
