@@ -7,11 +7,18 @@ os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREA
 import numpy as np
 import pytest
 
+from vla import saver
 from vla.data.lerobot import LeRobotDataset
 from vla.data.write import LeRobotWriter
 from vla.sim.tabletop import Tabletop
 
 EPISODES, LENGTH = 12, 12
+
+
+@pytest.fixture(autouse=True)
+def writer_does_not_wait(monkeypatch):
+    """For other tests, which take the processor; as it does for training."""
+    monkeypatch.setattr(saver, "_let_training_go_first", lambda: None)
 
 
 @pytest.fixture(scope="session")

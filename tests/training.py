@@ -12,6 +12,7 @@ import logging
 import multiprocessing
 import os
 import pickle
+import re
 import runpy
 import signal
 import socket
@@ -331,3 +332,45 @@ def assert_equal(run: Path, other: Path) -> None:
     assert {name.split("/")[0] for name in a} >= {"weights", "average", "optimizer", "metrics", "result"}
     differing = [name for name in sorted(a.keys() | b.keys()) if a.get(name) != b.get(name)]
     assert not differing, f"{len(differing)} of {len(a)} differ: {differing[:20]}"
+
+
+def once(act):
+    """The function that calls `act()` the first time that it is called."""
+    calls = []
+
+    def call(*_):
+        calls.append(1)
+        if len(calls) == 1:
+            act()
+
+    return call
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def rank():
+    return int(os.environ.get("RANK", 0))
+
+
+def assert_stopped(run, children, step):
+    """They saved at about this step, ended well, and left the mark."""
+    assert [child.code for child in children] == [0] * len(children), children[0].stderr
+    (stopped,) = re.findall(r"^stopped at step (\d+) of \d+ by .*; go on with --resume_from", children[0].stderr, re.M)
+    assert step <= int(stopped) <= step + 2
+    assert steps(run)[-1] == int(stopped)
+    assert (run / "REQUEUE").read_text().startswith(f"stopped at step {stopped} of ")
+    assert not (run / "result.json").exists()
+
+
+def assert_resumes_to(run, other, processes=1, before=None):
+    """The resumed run equals the other, and takes the mark away."""
+    resumed = train("--resume_from", run, processes=processes, before=before)
+    assert [child.code for child in resumed] == [0] * processes, resumed[0].stderr
+    assert_equal(run, other)
+    assert not (run / "REQUEUE").exists()
+
+
+def settle():
+    the(Saver).settle()

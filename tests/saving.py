@@ -1,0 +1,46 @@
+"""What a Saver takes, in small, for tests that need no training."""
+
+import torch
+from accelerate import Accelerator
+
+from vla.config import CheckpointConfig
+from vla.optim import EMA
+from vla.saver import Saver
+
+
+def small_training(dtype=torch.float32):
+    """What a Saver takes, after one step: an accelerator, a policy, its optimizer, an average of the weights."""
+    torch.manual_seed(0)
+    accelerator = Accelerator(cpu=True)
+    policy = torch.nn.Linear(2, 2, dtype=dtype)
+    model, optimizer = accelerator.prepare(policy, torch.optim.AdamW(policy.parameters()))
+    model(torch.ones(1, 2, dtype=dtype)).sum().backward()
+    optimizer.step()
+    return accelerator, policy, optimizer, EMA(policy, 0.9)
+
+
+def new_saver(training, folder, keep=1):
+    accelerator, policy, optimizer, ema = training
+    return Saver(accelerator, folder, policy, {"policy": "config"}, optimizer, ema, CheckpointConfig(keep=keep))
+
+
+def state_of(step, **values):
+    """The trainer's counters, as far as saving and rotation look at them."""
+    return {
+        "step": step,
+        "best_step": None,
+        "evaluated": None,
+        "metric": "loss",
+        "score": None,
+        "bad_in_a_row": 0,
+    } | values
+
+
+def commit(training, folder, step, keep=1, **values):
+    saver = new_saver(training, folder, keep)
+    saver.save(state_of(step, **values))
+    saver.finish()
+
+
+def broken(*_, **__):
+    raise OSError("first line\nsecond line")

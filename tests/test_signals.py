@@ -1,0 +1,347 @@
+"""Signals, and processes that die or hang: the run ends in time, and nothing is lost."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import threading
+import time
+
+import psutil
+import pytest
+from training import (
+    LAUNCH,
+    TWO_PROCESSES,
+    after,
+    assert_equal,
+    assert_resumes_to,
+    assert_stopped,
+    at_step,
+    both,
+    die,
+    last,
+    metrics,
+    once,
+    rank,
+    send,
+    series,
+    settle,
+    start,
+    steps,
+    the,
+    train,
+    wait_for_step,
+)
+
+from vla import checkpoint, guard
+from vla.data.lerobot import LeRobotDataset
+from vla.data.stream import Samples
+from vla.model import VLAPolicy
+from vla.saver import Saver
+from vla.sim.tabletop import Tabletop
+
+TERM, INT, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
+
+
+# ---- Signals.
+
+
+@pytest.mark.parametrize(
+    ("number", "processes", "ranks", "workers"),
+    [(TERM, 1, [0], 2), (INT, 1, [0], 0), (USR1, 1, [0], 0), (TERM, 2, [0, 1], 2), (INT, 2, [0], 0), (USR1, 2, [1], 0)],
+)
+def test_signalled_run_saves_and_goes_on_bit_for_bit(number, processes, ranks, workers, uninterrupted, flags, tmp_path):
+    run = tmp_path / "run"
+    hook = at_step(6, lambda: send(number, number), ranks)  # twice, as a launcher adds its own: no stop at once
+    own = ["--data.workers", workers, "--run_dir", run]
+    children = train(*flags, *own, before=hook, processes=processes)
+    assert_stopped(run, children, 6)
+    assert signal.Signals(number).name in children[0].stderr or "a signal to another process" in children[0].stderr
+    assert_resumes_to(run, uninterrupted(processes=processes), processes)
+
+
+def test_signal_at_the_last_step_leaves_the_last_evaluation_to_the_resumed_run(uninterrupted, flags, tmp_path):
+    children = train(*flags, "--run_dir", tmp_path / "run", before=at_step(16, lambda: send(TERM)))
+    assert_stopped(tmp_path / "run", children, 16)
+    assert_resumes_to(tmp_path / "run", uninterrupted())
+
+
+def test_signal_in_an_evaluation_leaves_it_to_the_resumed_run(uninterrupted, flags, tmp_path):
+    run, own = tmp_path / "run", ("--eval.samples", 12, "--micro_batch_size", 2)
+
+    def hook(found):
+        signalled = once(lambda: rank() == 1 and send(TERM))
+        after(Samples, "__getitems__", lambda _, samples, positions: samples.shuffle or signalled())
+
+    children = train(*flags, *own, "--run_dir", run, before=hook, processes=2)
+    assert_stopped(run, children, 7)
+    assert not series(run, "eval/loss")
+    assert_resumes_to(run, uninterrupted(*own, processes=2), processes=2)
+
+
+def test_evaluation_that_was_left_to_the_resumed_run_is_logged_once_if_that_is_killed(uninterrupted, flags, tmp_path):
+    def die_before_saving(found):
+        Saver.save = lambda *_: die()
+
+    run, own = tmp_path / "run", ("--optim.lr", 0)  # so that it is not the best, for which it would be saved
+    assert_stopped(run, train(*flags, *own, "--run_dir", run, before=at_step(14, lambda: send(TERM))), 14)
+    for _ in range(2):
+        (killed,) = train("--resume_from", run, before=die_before_saving)
+        assert killed.code == -signal.SIGKILL
+    train("--resume_from", run, before=at_step(15, lambda: (settle(), die())))
+    assert json.loads((last(run) / "trainer_state.json").read_text())["evaluated"] == 14
+    assert_resumes_to(run, uninterrupted(*own))
+
+
+def test_signal_while_acting_in_an_evaluation_leaves_it_to_the_resumed_run(uninterrupted, flags, tmp_path):
+    run, own = tmp_path / "run", ("--eval.env", "tabletop", "--eval.episodes", 2, "--eval.every", 0, "--steps", 8)
+
+    def hook(found):
+        found["acted"] = 0
+
+        def act(*_):
+            found["acted"] += 1
+            if found["acted"] == 5 and rank() == 1:
+                send(INT)
+
+        after(Tabletop, "step", act)
+
+    children = train(*flags, *own, "--run_dir", run, before=hook, processes=2)
+    assert_stopped(run, children, 8)
+    assert children[1].found["acted"] == 6  # two actions of each chunk
+    assert_resumes_to(run, uninterrupted(*own, processes=2), processes=2)
+
+
+def test_signal_while_a_save_is_in_flight_waits_for_it(uninterrupted, flags, tmp_path):
+    def hook(found):
+        def until_signalled():
+            while not the(guard.Signals).received:
+                time.sleep(0.01)
+            time.sleep(0.3)
+
+        checkpoint.commit = with_first(until_signalled, checkpoint.commit)
+
+    children = train(*flags, "--run_dir", tmp_path / "run", before=both(hook, at_step(6, lambda: send(USR1))))
+    assert_stopped(tmp_path / "run", children, 6)
+    assert steps(tmp_path / "run")[0] == 5
+    assert_resumes_to(tmp_path / "run", uninterrupted())
+
+
+def with_first(before, function):
+    def call(*arguments):
+        before()
+        return function(*arguments)
+
+    return call
+
+
+def test_signal_before_there_is_anything_to_save_ends_the_process_at_once(flags, tmp_path):
+    def hook(found):
+        after(LeRobotDataset, "__init__", lambda *_: (os.kill(os.getpid(), TERM), time.sleep(30)))
+
+    (child,) = train(*flags, "--run_dir", tmp_path / "run", before=hook)
+    assert child.code == 128 + TERM
+    assert (tmp_path / "run/REQUEUE").read_text() == "stopped at once by SIGTERM\n"
+
+
+def test_second_signal_ends_even_a_process_that_waits_for_another_at_once(flags, tmp_path):
+    def hook(found):
+        def signals():
+            for number, pause in ((INT, 0.1), (INT, guard.COPIES + 0.5), (TERM, 30)):
+                os.kill(os.getpid(), number)
+                time.sleep(pause)
+
+        def hang(*_):
+            threading.Thread(target=signals, daemon=True).start()
+            if rank() == 1:
+                time.sleep(30)  # and the other waits in the library that sums the gradients
+
+        at_step(8, hang)(found)
+
+    run = tmp_path / "run"
+    children = train(*flags, "--run_dir", run, before=hook, processes=2)
+    assert [child.code for child in children] == [128 + TERM] * 2, children[0].stderr
+    assert (run / "REQUEUE").read_text() == "stopped at once by SIGTERM\n"
+    assert steps(run)[-1] == 7  # the best so far
+    checkpoint.verify(last(run))
+
+
+@pytest.mark.parametrize(
+    ("processes", "number"), [(1, TERM), (2, TERM), (2, signal.SIGKILL)], ids=["one", "two", "two_orphans"]
+)
+def test_signal_to_the_launcher_alone_makes_its_processes_save_and_stop(processes, number, flags, tmp_path):
+    run = tmp_path / "run"
+    where = [*TWO_PROCESSES, "--main_process_port", "0", "--mixed_precision", "no"] if processes > 1 else ["--cpu"]
+    own = ["--steps", "5000", "--eval.every", "0", "--checkpoint.every", "1000000", "--run_dir", str(run)]
+    launcher = start([*LAUNCH, *where, "train.py", *flags, *own])
+    wait_for_step(run, 5, launcher, checkpoints=0)
+    workers = psutil.Process(launcher.pid).children(recursive=True)
+    assert len(workers) == processes
+    launcher.send_signal(number)
+    _, left = psutil.wait_procs(workers, timeout=25)
+    for process in left:
+        process.kill()
+    assert not left
+    launcher.wait(25)
+    assert 5 <= steps(run)[-1] == metrics(run)[-1]["step"] < 5000
+    checkpoint.verify(last(run))
+    assert (run / "REQUEUE").exists()
+
+
+# ---- Other processes.
+
+
+def test_death_of_a_process_ends_the_other_and_the_run_goes_on_from_its_last_checkpoint(uninterrupted, flags, tmp_path):
+    run = tmp_path / "run"
+    children = train(*flags, "--run_dir", run, before=both(at_step(6, settle), at_step(9, die, [1])), processes=2)
+    assert [child.code for child in children] == [1, -signal.SIGKILL]
+    assert_resumes_to(run, uninterrupted(processes=2), processes=2)
+
+
+@pytest.mark.parametrize("dying", [0, 1])
+def test_death_of_a_process_while_a_save_is_in_flight_leaves_whole_checkpoints_alone(
+    dying, uninterrupted, flags, tmp_path
+):
+    run = tmp_path / "run"
+
+    def hook(found):
+        def commit(temporary, final, original=checkpoint.commit):
+            if final.name == "step_00000007":  # the main process dies in it, or still writes when the other one is dead
+                die() if dying == 0 else time.sleep(0.5)
+            return original(temporary, final)
+
+        checkpoint.commit = commit
+        both(at_step(6, settle), at_step(8, die, {1} & {dying}))(found)
+
+    children = train(*flags, "--run_dir", run, before=hook, processes=2)
+    assert children[dying].code == -signal.SIGKILL
+    assert children[1 - dying].code == 1
+    assert steps(run) == [5]
+    checkpoint.verify(last(run))
+    assert_resumes_to(run, uninterrupted(processes=2), processes=2)
+    assert not list((run / "checkpoints").glob(".saving*"))
+
+
+def sleep_in(owner, name, step, seconds, hanging=(0,)):
+    """A hook: the first call of an attribute after `step` steps takes this long, in the processes of these ranks."""
+
+    def hook(found):
+        due = []
+        at_step(step, lambda: due.append(1), hanging)(found)
+
+        def doze(*_):
+            if due:
+                due.clear()
+                time.sleep(seconds)
+
+        setattr(owner, name, with_first(doze, getattr(owner, name)))
+
+    return hook
+
+
+NO_PROGRESS = "error: no progress for 2 seconds (--guard.hang_seconds), so this run ends:"
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "doing"),
+    [(Samples, "__getitems__", "waiting for the data of step 6"), (VLAPolicy, "forward", "computing step 6")],
+    ids=["data", "forward"],
+)
+def test_process_that_hangs_is_named_and_all_end(owner, name, doing, flags, tmp_path):
+    own = ["--guard.hang_seconds", 2, "--run_dir", tmp_path / "run"]
+    children = train(*flags, *own, before=sleep_in(owner, name, 5, 300, [1]), processes=2)
+    assert [child.code for child in children] == [1, 1]
+    assert NO_PROGRESS in children[1].stderr
+    assert "in doze" in children[1].stderr  # where it stands
+    for told in (child.stderr for child in children if NO_PROGRESS in child.stderr):
+        assert re.search(r"^  process 0: computing step 6, backward, for \d s$", told, re.M)
+        assert re.search(rf"^  process 1: {doing}, for \d s   <- behind the others$", told, re.M)
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_process_that_is_stopped_is_named_and_the_other_ends(stopped, flags, tmp_path):
+    # The main process holds the store through which the others hear of it: then they hear nothing.
+    def stop():
+        other = f"ps -o stat= -p $(cat {tmp_path}/{1 - stopped}) | grep -q '^[^Z]'"
+        subprocess.Popen(["sh", "-c", f"while {other}; do sleep 0.1; done; kill -9 {os.getpid()}"])
+        while b"step 6" not in the(guard.Watchdog).store.get(f"alive/{stopped}"):
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    def hook(found):
+        (tmp_path / str(rank())).write_text(str(os.getpid()))
+        at_step(6, stop, [stopped])(found)
+
+    own = ["--guard.hang_seconds", 2, "--run_dir", tmp_path / "run"]
+    children = train(*flags, *own, before=hook, processes=2)
+    assert children[stopped].code == -signal.SIGKILL
+    assert children[1 - stopped].code == 1
+    told = children[1 - stopped].stderr
+    assert NO_PROGRESS in told
+    known = "no word from it" if stopped == 0 else r"step 6, for \d s, then silent for \d s: stopped or dead"
+    assert re.search(f"^  process {stopped}: {known}", told, re.M)
+
+
+def test_single_process_that_hangs_ends_and_says_where(flags, tmp_path):
+    own = ["--guard.hang_seconds", 1, "--run_dir", tmp_path / "run"]
+    (child,) = train(*flags, *own, before=sleep_in(VLAPolicy, "forward", 5, 300))
+    assert child.code == 1
+    assert re.search(r"^  process 0: computing step 6, for \d s$", child.stderr, re.M)
+    assert "in doze" in child.stderr
+
+
+def test_watchdog_can_be_turned_off(flags, tmp_path):
+    hook = both(
+        sleep_in(VLAPolicy, "forward", 5, 1.5),
+        at_step(5, lambda: [thread.name for thread in threading.enumerate()].index("signals")),
+    )
+    (child,) = train(*flags, "--guard.hang_seconds", 0, "--run_dir", tmp_path / "run", before=hook)
+    child.ok()
+
+
+def test_long_evaluation_and_slow_step_that_move_are_no_hang(flags, tmp_path):
+    def slow(found):
+        due = []
+
+        def doze(*_):
+            if len(due) < 8:  # four micro-batches and four batches of an evaluation
+                due.append(time.sleep(0.6))
+
+        VLAPolicy.forward = with_first(doze, VLAPolicy.forward)
+
+    own = ["--guard.hang_seconds", 2, "--micro_batch_size", 3, "--eval.samples", 12, "--steps", 1]
+    (child,) = train(*flags, *own, "--run_dir", tmp_path / "run", before=slow)
+    child.ok()
+
+
+def test_save_that_is_long_waited_for_is_no_hang(flags, tmp_path):
+    def slow(found):
+        def commit(temporary, final, original=checkpoint.commit):
+            time.sleep(4)
+            return original(temporary, final)
+
+        checkpoint.commit = commit
+
+    own = ("--guard.hang_seconds", 2, "--steps", 6, "--checkpoint.every", 3, "--eval.every", 0)
+    for child in train(*flags, *own, "--run_dir", tmp_path / "run", before=slow, processes=2):
+        child.ok()
+
+
+def test_signs_of_life_change_nothing_in_the_training(uninterrupted, flags, tmp_path):
+    def often(found):
+        found["signs"] = 0
+
+        def watch(self, original=guard.Watchdog._watch):
+            self.tick = 0.005
+            original(self)
+            found["signs"] = int(self.store.get("alive/1").split()[0])
+
+        guard.Watchdog._watch = watch
+
+    runs = {"off": tmp_path / "off", "often": tmp_path / "often"}
+    for child in train(*flags, "--guard.hang_seconds", 0, "--run_dir", runs["off"], processes=2):
+        child.ok()
+    for child in train(*flags, "--run_dir", runs["often"], before=often, processes=2):
+        assert child.ok().found["signs"] > 16
+    assert_equal(runs["off"], runs["often"])
