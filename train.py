@@ -30,12 +30,14 @@ def main(config: configuration.TrainConfig) -> None:
     from accelerate.utils import set_seed
 
     from vla import checkpoint, evaluate, rollout
-    from vla.data.lerobot import LeRobotDataset
-    from vla.data.stream import Samples, loader, split, training_positions
+    from vla.data.augment import augment
+    from vla.data.loader import loader
+    from vla.data.mixture import open_datasets
+    from vla.data.stream import Samples, split, summary, training_positions
     from vla.export import export, init_from
     from vla.guard import Guard, Signals
     from vla.log import RunLog
-    from vla.model import PolicyConfig, VLAPolicy
+    from vla.model import DatasetSpec, PolicyConfig, VLAPolicy
     from vla.optim import EMA, parameter_groups, schedule
     from vla.saver import FAILURES, Saver
 
@@ -52,20 +54,23 @@ def main(config: configuration.TrainConfig) -> None:
     set_seed(config.seed, deterministic=config.deterministic)
 
     # ---- Data: whole episodes are held out; the statistics are those of the rest.
-    data = LeRobotDataset(config.data.path, cameras=config.data.cameras, image_cache=config.data.image_cache or None)
-    policy = VLAPolicy(
-        PolicyConfig(config.model, data.cameras, data.image_size, data.state_names, data.action_names, data.fps)
+    data = open_datasets(config.data)
+    specs = tuple(
+        DatasetSpec(d.name, data.in_order(d.cameras), d.state_names, d.action_names, d.fps) for d in data.datasets
     )
-    train_episodes, val_episodes = split(data.num_episodes, config.data.val_fraction, config.seed)
+    policy = VLAPolicy(PolicyConfig(config.model, data.cameras, data.image_size, specs))
+    halves = [split(dataset.episodes, config.data.val_fraction, config.seed) for dataset in data.datasets]
+    train_episodes, val_episodes = zip(*halves, strict=True)
     train_samples = Samples(data, train_episodes, policy.tokenize, config.model.chunk_size, config.seed, shuffle=True)
     val_samples = Samples(data, val_episodes, policy.tokenize, config.model.chunk_size, config.seed, shuffle=False)
     steps = config.steps or math.ceil(config.epochs * len(train_samples) / config.global_batch_size)
 
     # ---- Policy: statistics first, then weights from elsewhere, if any.
-    policy.set_statistics(*train_samples.statistics())
+    if not resuming:  # else they are in the checkpoint
+        policy.set_statistics(train_samples.statistics())
     origin = init_from(policy, Path(config.init_from)) if config.init_from and not resuming else "weights from scratch"
     if config.eval.env:
-        rollout.check_fits(policy.config, config.eval.env)
+        policy.drive(rollout.check_fits(policy.config, config.eval.env, config.eval.dataset))
 
     # ---- Accelerator. It does not get the loader, whose order is arithmetic (vla/data/stream.py), nor the schedule.
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
@@ -93,9 +98,15 @@ def main(config: configuration.TrainConfig) -> None:
     unjudged |= {"metric": config.eval.metric}
     state = unjudged | {"step": 0, "score": None, "seconds": 0.0, "rollbacks": 0, "left_out": []}
     state |= {"skipped_updates": 0, "bad_in_a_row": 0, "loss_average": 0.0}
+    state |= {"data": [dataset.digest for dataset in data.datasets]}
 
     def restored(resume_from: str, passed_over: Iterable[Path] = ()) -> tuple[dict, Path]:
         saved, path = checkpoint.restore(accelerator, resume_from, checkpoints, ema, passed_over)
+        if saved["data"] != state["data"]:
+            raise InputError(
+                f"--data.path {' '.join(config.data.path)} is not what {path} was trained on, so the run cannot go on "
+                "exactly: bring the data back as they were, or start a new run with --init_from"
+            )
         if saved["metric"] != config.eval.metric:  # what was best by another measure tells nothing
             saved |= unjudged
         return saved, path
@@ -114,14 +125,13 @@ def main(config: configuration.TrainConfig) -> None:
         # DDP sorts its buckets by its first backward pass, and gradients added in another order have other bits.
         # That pass is made here and forgotten, so that a resumed run adds like one that was not stopped.
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            batch = train_samples.__getitems__(range(micro_batch))
+            batch = train_samples.batch(range(micro_batch))
             accelerator.backward(model({name: value.to(device) for name, value in batch.items()})["loss"])
             optimizer.zero_grad()
 
     log = RunLog(accelerator, config, first_step, steps, evaluated=state["evaluated"] == first_step)
     log.say(
-        f"data       {config.data.path}: {len(train_samples)} frames of {len(train_episodes)} episodes to train on, "
-        f"{len(val_samples)} frames of {len(val_episodes)} held out\n"
+        f"{summary(train_samples, val_samples)}\n"
         f"policy     {config.model.head} head, {sum(p.numel() for p in trained):,} of "
         f"{sum(p.numel() for p in policy.parameters()):,} parameters trained; {origin}\n"
         f"batch      {config.global_batch_size} = {micro_batch} x {accelerator.num_processes} processes x "
@@ -151,7 +161,7 @@ def main(config: configuration.TrainConfig) -> None:
             guard.stopping = True
             return False
         if config.eval.env and main_process:
-            log.video(step, "rollout", rollout.grid(recorded), data.fps)
+            log.video(step, "rollout", rollout.grid(recorded), round(policy.driven.fps))
         log.metrics(step, values)
         value, sign = values[f"eval/{config.eval.metric}"], -1 if config.eval.metric == "success" else 1
         state.update(evaluated=step, score=sign * value if math.isfinite(value) else None)
@@ -168,7 +178,7 @@ def main(config: configuration.TrainConfig) -> None:
     def batches_from(step: int):
         place = (micro_batch, accelerator.process_index, accelerator.num_processes, state["left_out"])
         positions = training_positions(step, steps, config.global_batch_size, *place)
-        return iter(loader(train_samples, positions, config.data.workers, pin_memory=device.type == "cuda"))
+        return loader(train_samples, positions, micro_batch, config.data.workers, device)
 
     def went_back(window: tuple[int, int]) -> dict:
         """Load the last checkpoint from before these steps, whose samples are left out from now on."""
@@ -226,10 +236,10 @@ def main(config: configuration.TrainConfig) -> None:
             with log.waiting_for_data():
                 guard.go_on(f"waiting for the data of step {step + 1}")
                 batch = next(batches)
-            if step == 0 and not sums:
-                log.images(step, "first_batch", batch["images"][:8].numpy())
             guard.go_on(f"computing step {step + 1}")
-            batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+            batch["images"] = augment(batch["images"], batch["key"], config.data.augment)
+            if step == 0 and not sums:
+                log.images(step, "first_batch", batch["images"][:8].cpu().numpy())
             with accelerator.accumulate(model):  # gradients cross processes with the last micro-batch alone
                 output = model(batch)
                 loss = guard.checked(output["loss"], output.pop("sample_loss"), batch["position"])
@@ -275,8 +285,9 @@ def main(config: configuration.TrainConfig) -> None:
         if main_process:
             best = checkpoint.find(str(run_dir / "best"), checkpoints)
             state["best_step"] = int(best.name[-8:])  # another one if the save of the best has failed
-            card = f"Trained on {config.data.path}; the best of {step} steps of {config.global_batch_size} samples"
-            export(best, run_dir / "export", f"{card} was step {state['best_step']}.")
+            card = f"Trained on {', '.join(spec.name for spec in specs)}; the best of {step} steps of "
+            card += f"{config.global_batch_size} samples was step {state['best_step']}."
+            export(best, run_dir / "export", card)
         log.result(state)
     log.close()
     accelerator.wait_for_everyone()

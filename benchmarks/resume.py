@@ -23,7 +23,9 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from vla.data.stream import Samples, loader, training_positions
+from vla.data.loader import loader
+from vla.data.mixture import Mixture
+from vla.data.stream import Samples, training_positions
 
 STEPS, BATCH = (10, 1_000_000), 100
 SMALL = (
@@ -109,27 +111,31 @@ def to_first_step(run: Path, step: int) -> float:
 def long_stream() -> Samples:
     """Samples of 10^6 episodes of 100 frames, whose contents take no memory."""
     ends = np.arange(1, 10**6 + 1) * 100
-    nothing = np.broadcast_to(np.zeros(1, np.float32), (10**8, 1))
     data = SimpleNamespace(
+        cameras=("table",),
+        image_size=(8, 8),
+        state_dim=1,
+        action_dim=1,
         episode_from=ends - 100,
         episode_to=ends,
         instructions=["go"],
-        state=nothing,
-        task_index=np.broadcast_to(np.zeros(1, np.int64)[0], 10**8),
-        images=lambda frames: np.zeros((len(frames), 1, 3, 8, 8), np.uint8),
+        state=np.broadcast_to(np.zeros(1, np.float32), (10**8, 1)),
+        task_index=np.broadcast_to(np.zeros(1, np.int32)[0], 10**8),
+        read_images=lambda frames, out, rows, slots: out.fill(0),
         windows=lambda frames, size: (
             np.zeros((len(frames), size, 1), np.float32),
             np.zeros((len(frames), size), bool),
         ),
     )
     tokenize = lambda texts: (torch.zeros(len(texts), 4, dtype=torch.long), torch.ones(len(texts), 4, dtype=torch.bool))  # noqa: E731
-    return Samples(data, np.arange(10**6), tokenize, 8, seed=0, shuffle=True)
+    return Samples(Mixture([data]), [np.arange(10**6)], tokenize, 8, seed=0, shuffle=True)
 
 
 def first_batch(samples: Samples, step: int) -> float:
     """Seconds until the first batch of a stream that begins at a step is there."""
+    positions = training_positions(step, step + 10**6, BATCH, BATCH, 0, 1)
     began = time.perf_counter()
-    next(iter(loader(samples, training_positions(step, step + 10**6, BATCH, BATCH, 0, 1), 0, pin_memory=False)))
+    next(loader(samples, positions, BATCH, workers=0, device=torch.device("cpu")))
     return time.perf_counter() - began
 
 

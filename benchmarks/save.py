@@ -21,7 +21,7 @@ import torch
 from accelerate import Accelerator
 
 from vla.config import CheckpointConfig, ModelConfig, OptimConfig
-from vla.model import PolicyConfig, VLAPolicy
+from vla.model import DatasetSpec, PolicyConfig, VLAPolicy
 from vla.optim import parameter_groups
 from vla.saver import Saver
 
@@ -43,15 +43,18 @@ def main() -> None:
     model_config = ModelConfig(
         head="regression", width=options.width, language_layers=options.layers, attention_heads=8, max_tokens=32
     )
-    config = PolicyConfig(model_config, ("front",), (64, 64), tuple("abcdefgh"), tuple("abcdefg"), 10)
+    spec = DatasetSpec("arm", ("front",), tuple("abcdefgh"), tuple("abcdefg"), 10)
+    config = PolicyConfig(model_config, spec.cameras, (64, 64), (spec,))
     policy = VLAPolicy(config)
     for normalizer, size in ((policy.state_norm, 8), (policy.action_norm, 7)):
         spread = {"mean": 0.0, "std": 1.0, "min": -1.0, "max": 1.0, "q01": -1.0, "q99": 1.0}
-        normalizer.set_statistics({name: np.full(size, value, np.float32) for name, value in spread.items()})
+        normalizer.set_statistics([{name: np.full(size, value, np.float32) for name, value in spread.items()}])
     optimizer = torch.optim.AdamW(parameter_groups(policy, OptimConfig()), fused=True)
     model, optimizer = accelerator.prepare(policy, optimizer)
     tokens, token_mask = policy.tokenize(["push the red block"] * options.batch)
     batch = {
+        "dataset": torch.zeros(options.batch, dtype=torch.int64),
+        "image_mask": torch.ones(options.batch, 1, dtype=torch.bool),
         "images": torch.randint(0, 256, (options.batch, 1, 3, 64, 64), dtype=torch.uint8),
         "state": torch.randn(options.batch, 8),
         "tokens": tokens,

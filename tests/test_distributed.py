@@ -29,8 +29,9 @@ from training import (
 from vla import evaluate, guard, log, sim
 from vla.config import ModelConfig
 from vla.data.lerobot import LeRobotDataset
+from vla.data.mixture import Mixture
 from vla.data.stream import Samples
-from vla.model import PolicyConfig, VLAPolicy
+from vla.model import DatasetSpec, PolicyConfig, VLAPolicy
 
 CONFIGS = sorted(path.name for path in (ROOT / "accelerate_configs").glob("*.yaml"))
 LAYOUTS = {"1x8": (1, 8), "2x4": (2, 4), "1x2, accumulated 4 times": (1, 2), "2x2, accumulated twice": (2, 2)}
@@ -245,7 +246,7 @@ def test_evaluation_counts_each_sample_once_at_any_number_of_processes(limit, pr
         policy, samples = untrained(data)
         found["values"] = evaluate.held_out(accelerator, policy, samples, limit, batch_size=3)
         found["again"] = evaluate.held_out(accelerator, policy, samples, limit, batch_size=3)
-        batch = samples.__getitems__([i * len(samples) // limit for i in range(limit)])
+        batch = samples.batch([i * len(samples) // limit for i in range(limit)])
         with torch.no_grad():
             each = [policy({k: v[i : i + 1] for k, v in batch.items()})["loss"].item() for i in range(limit)]
         found["mean"] = sum(each) / limit
@@ -309,9 +310,8 @@ def untrained(data):
         n_action_steps=2,
         flow_steps=2,
     )
-    policy = VLAPolicy(
-        PolicyConfig(small, dataset.cameras, dataset.image_size, dataset.state_names, dataset.action_names, dataset.fps)
-    )
-    samples = Samples(dataset, range(dataset.num_episodes), policy.tokenize, 4, seed=0, shuffle=False)
-    policy.set_statistics(*samples.statistics())
+    spec = DatasetSpec("set", dataset.cameras, dataset.state_names, dataset.action_names, dataset.fps)
+    policy = VLAPolicy(PolicyConfig(small, dataset.cameras, dataset.image_size, (spec,)))
+    samples = Samples(Mixture([dataset]), [dataset.episodes], policy.tokenize, 4, seed=0, shuffle=False)
+    policy.set_statistics(samples.statistics())
     return policy, samples

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from policies import VALUES, tiny
+from policies import ARM, TABLETOP, VALUES, tiny
 from safetensors.torch import load_file, save_file
 
 from vla import InputError
@@ -55,7 +55,7 @@ def test_weights_of_the_same_policy_are_taken_whole_whatever_wrapped_them(tmp_pa
 
 def test_statistics_stay_those_of_the_new_data(tmp_path):
     policy, other = tiny(seed=1), tiny(seed=2)
-    other.set_statistics(state=statistics(VALUES * 9), action=statistics(VALUES * 9))
+    other.set_statistics([(statistics(VALUES * 9), statistics(VALUES * 9))])
     other.save_pretrained(tmp_path / "export")
     before = weights_of(policy)
     init_from(policy, tmp_path / "export")
@@ -169,8 +169,10 @@ def test_export_holds_the_averaged_weights_and_replaces_the_folder_whole(checkpo
     assert load_file(checkpoint / "model.safetensors").keys() == load_file(out / "model.safetensors").keys()
 
 
-def test_model_card_is_sound_markdown(checkpoint, tmp_path):
-    export(checkpoint, tmp_path / "export", "Trained for 7 steps.")
+@pytest.mark.parametrize("datasets", [(TABLETOP,), (TABLETOP, ARM)], ids=len)
+def test_model_card_is_sound_markdown_and_describes_every_robot(tmp_path, datasets):
+    tiny(datasets=datasets).save_pretrained(tmp_path / "step")
+    export(tmp_path / "step", tmp_path / "export", "Trained for 7 steps.")
     lines = (tmp_path / "export/README.md").read_text().splitlines()
     table = [number for number, line in enumerate(lines) if line.startswith("|")]
     assert table == list(range(table[0], table[-1] + 1))
@@ -178,3 +180,15 @@ def test_model_card_is_sound_markdown(checkpoint, tmp_path):
     assert [line for line in lines if "```" in line] == ["```python", "```"]
     code = "\n".join(lines[lines.index("```python") + 1 : lines.index("```")])
     compile(code, "README.md", "exec")
+    rows = dict(line.strip("| ").split(" | ") for line in lines if line.startswith("| ") and len(line) > 8)
+    if len(datasets) == 1:
+        assert rows["cameras"] == "table, gripper at 64x64"
+        assert rows["state"] == "tip_x, tip_y, gripper"
+        assert rows["actions"] == "dx, dy, gripper at 10 Hz, chunks of 8, 8 executed"
+        assert "drive" not in code
+    else:
+        assert (rows["cameras of tabletop"], rows["cameras of arm"]) == ("table, gripper at 64x64", "gripper at 64x64")
+        assert (rows["state of tabletop"], rows["state of arm"]) == ("tip_x, tip_y, gripper", "x, y")
+        assert rows["actions of tabletop"] == "dx, dy, gripper at 10 Hz, chunks of 8, 8 executed"
+        assert rows["actions of arm"] == "joint_0, joint_1, joint_2, claw at 50 Hz, chunks of 8, 8 executed"
+        assert 'policy.drive("tabletop")  # or arm' in code

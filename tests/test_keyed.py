@@ -90,7 +90,8 @@ def test_no_key_and_no_number_comes_twice():
     seeds = [keys(seed=seed) for seed in (0, 1, 2, 2**32)]
     positions = torch.cat([*seeds, keys(first=-MANY), keys(first=10**12)])
     assert len(positions.unique()) == 6 * MANY
-    bits = torch.stack([keyed.bits(positions[::10], stream, (5,)) for stream in range(2)])
+    streams = (keyed.FLOW_NOISE, keyed.FLOW_TIME, keyed.AUGMENT)
+    bits = torch.stack([keyed.bits(positions[::10], stream, (5,)) for stream in streams])
     assert len(bits.unique()) == bits.numel()
 
 
@@ -139,3 +140,46 @@ def test_extreme_bits_give_numbers_within_bounds(monkeypatch, word):
     u, x = keyed.uniform(keys(count=1), 0, (1,)), keyed.normal(keys(count=1), 0, (1,))
     assert 0 <= u.item() < 1
     assert abs(x.item()) <= math.sqrt(48 * math.log(2)) + 1e-5  # the radius of the smallest of 2^24 uniform numbers
+
+
+# ---- Permutations.
+
+
+def permuted(size, key):
+    return keyed.permute(torch.arange(size), size, torch.full((size,), key))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 64, 1000, 4097])
+@pytest.mark.parametrize("key", [0, 1, -1, 2**62])
+def test_permutation_reaches_every_place_once(size, key):
+    assert permuted(size, key).sort().values.tolist() == list(range(size))
+
+
+def test_permutation_leaves_its_arguments_alone():
+    index, key = torch.arange(5), torch.arange(5)
+    keyed.permute(index, 5, key)
+    assert index.tolist() == key.tolist() == list(range(5))
+
+
+@pytest.mark.parametrize("size", [64, 1000, 4097])
+def test_permutations_look_shuffled_and_differ_between_keys(size):
+    identity, first, second = torch.arange(size), permuted(size, 10), permuted(size, 11)
+    for a, b in ((identity, first), (identity, second), (first, second)):
+        assert (a == b).float().mean() < 5 / size + 0.01  # about one place in `size` agrees by chance
+        assert correlation(a, b) < 4 / size**0.5
+    assert (first.diff() == 1).float().mean() < 5 / size + 0.01  # neighbours are torn apart
+
+
+@pytest.mark.parametrize("size", [2, 3, 5, 8, 10])
+def test_every_index_goes_to_every_place_equally_often(size):
+    key = keyed.derive(0, torch.arange(MANY))
+    for index in range(size):
+        places = keyed.permute(torch.full((MANY,), index), size, key)
+        share = torch.bincount(places, minlength=size) * size / MANY
+        assert (share - 1).abs().max() < 0.1, (index, share)  # a network of few rounds is not quite fair on few bits
+
+
+def test_place_of_an_index_does_not_depend_on_what_is_permuted_beside_it():
+    index, key = torch.arange(1000), keys(count=1000)
+    together = keyed.permute(index, 1000, key)
+    assert together.tolist() == [keyed.permute(i[None], 1000, k[None]).item() for i, k in zip(index, key, strict=True)]

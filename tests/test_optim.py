@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from vla.config import MODULES, LossConfig, ModelConfig, OptimConfig
-from vla.model import PolicyConfig, VLAPolicy
+from vla.model import DatasetSpec, PolicyConfig, VLAPolicy
 from vla.optim import EMA, parameter_groups, schedule
 
 # Parameters of two and more dimensions that are no weights of linear maps or convolutions.
@@ -22,7 +22,8 @@ def tiny(head="flow", **model):
     sizes = {"chunk_size": 4, "n_action_steps": 2, "width": 16, "attention_heads": 2, "vision_stride": 4}
     sizes |= {"language_layers": 1, "head_layers": 1, "mlp_ratio": 2, "max_tokens": 16, "bins": 8}
     config = ModelConfig(head=head, **sizes | model)
-    return VLAPolicy(PolicyConfig(config, ("table",), (8, 8), ("x", "y"), ("dx", "dy"), 10))
+    spec = DatasetSpec("arm", ("table",), ("x", "y"), ("dx", "dy"), 10)
+    return VLAPolicy(PolicyConfig(config, spec.cameras, (8, 8), (spec,)))
 
 
 def names_of(policy, groups):

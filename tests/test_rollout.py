@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from policies import tiny
+from policies import ARM, TABLETOP, tiny
 
 from vla import InputError, collect, rollout, sim
 from vla.data.lerobot import LeRobotDataset
@@ -70,7 +70,7 @@ class Counting:
         return {"next": seed}
 
     def step(self, action):
-        self.good &= action[0] == self.seed + self.count
+        self.good &= action.tolist() == [self.seed + self.count]
         self.count += 1
         done = self.count == self.seed % 5 + 1
         return {"next": self.seed + self.count}, bool(self.good and done), done
@@ -83,12 +83,13 @@ class Counter:
     """A policy that counts on from each observation, in chunks of which two actions are executed."""
 
     config = SimpleNamespace(model=SimpleNamespace(n_action_steps=2))
+    driven = SimpleNamespace(action_names=("number",))  # of a policy that has a robot with two
 
     def collate(self, observations, key):
         return [observation["next"] for observation in observations]
 
     def predict_chunk(self, batch):
-        return torch.tensor([[[start], [start + 1], [-1]] for start in batch], dtype=torch.float32)
+        return torch.tensor([[[start, 0], [start + 1, 0], [-1, 0]] for start in batch], dtype=torch.float32)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 11])
@@ -167,23 +168,50 @@ def test_demonstrations_of_evaluation_scenes_are_refused(tmp_path, seed):
 
 
 OTHER_ROBOTS = {
-    "cameras": ("gripper", "table"),
+    "cameras": ("gripper",),
     "state_names": ("tip_x", "tip_y"),
     "action_names": ("dx", "dy", "dz"),
 }
 
 
 @pytest.mark.parametrize("name", OTHER_ROBOTS)
-def test_policy_of_another_robot_is_refused(name):
-    check_fits(tiny().config, "tabletop")
-    other = replace(tiny().config, **{name: OTHER_ROBOTS[name]})
-    with pytest.raises(InputError, match=f"{name}: {', '.join(OTHER_ROBOTS[name])}; those of tabletop: "):
-        check_fits(other, "tabletop")
+def test_policy_of_other_robots_is_refused_telling_how_each_differs(name):
+    other = replace(TABLETOP, name="other", **{name: OTHER_ROBOTS[name]})
+    with pytest.raises(InputError) as refusal:
+        check_fits(tiny(datasets=(ARM, other)).config, "tabletop")
+    told = (
+        f"the {name} of other: {', '.join(OTHER_ROBOTS[name])}; those of tabletop: {', '.join(getattr(Tabletop, name))}"
+    )
+    assert told in str(refusal.value)
+    assert "the action_names of arm: joint_0, joint_1, joint_2, claw; those of tabletop: dx, dy, gripper" in str(
+        refusal.value
+    )
 
 
-def test_policy_of_another_image_size_is_refused():
-    with pytest.raises(InputError, match="image_size: 96, 96; those of tabletop: 64, 64"):
-        check_fits(tiny(image_size=(96, 96)).config, "tabletop")
+def test_robot_of_the_environment_is_found_among_those_of_the_policy():
+    assert check_fits(tiny().config, "tabletop") == "tabletop"
+    pair = tiny(datasets=(ARM, TABLETOP)).config
+    assert check_fits(pair, "tabletop") == check_fits(pair, "tabletop", "tabletop") == "tabletop"
+    with pytest.raises(InputError, match=r"^the cameras of arm: gripper; .*; act in the environment that"):
+        check_fits(pair, "tabletop", "arm")
+    with pytest.raises(
+        InputError, match="data set 'table' is unknown to the policy, which was trained on arm, tabletop"
+    ):
+        check_fits(pair, "tabletop", "table")
+
+
+def test_one_of_several_data_sets_of_the_environments_robot_has_to_be_chosen():
+    config = tiny(datasets=(TABLETOP, ARM, replace(TABLETOP, name="more"))).config
+    with pytest.raises(InputError, match="tabletop has the robot of tabletop and of more; choose one with --dataset"):
+        check_fits(config, "tabletop")
+    assert check_fits(config, "tabletop", "more") == "more"
+
+
+def test_policy_that_sees_larger_images_acts_on_those_of_the_environment():
+    policy = tiny(image_size=(96, 128))
+    assert check_fits(policy.config, "tabletop") == "tabletop"
+    (episode,) = rollout.rollout(policy, "tabletop", [sim.TEST_SEEDS])
+    assert episode.steps > 0
 
 
 # ---- python -m vla.rollout
@@ -224,6 +252,21 @@ def test_command_takes_other_steps_of_a_chunk(exported, tmp_path):
     assert (result["seeds"], result["n_action_steps"]) == ([7, 8], 3)
     with pytest.raises(InputError, match=r"--model.n_action_steps is 9; expected 1 to --model.chunk_size 8"):
         rollout.main(RolloutConfig(str(exported), "tabletop", n_action_steps=9, device="cpu"))
+
+
+@pytest.mark.parametrize("chosen", ["", "tabletop", "more", "arm"])
+def test_command_drives_the_robot_that_is_in_the_environment(tmp_path, chosen):
+    others = (ARM, replace(TABLETOP, name="more")) if chosen == "more" else (ARM,)
+    tiny(datasets=(*others, TABLETOP)).save_pretrained(tmp_path / "export")
+    options = {"dataset": chosen, "baselines": True, "out": str(tmp_path / "result.json"), "device": "cpu"}
+    config = RolloutConfig(str(tmp_path / "export"), "tabletop", episodes=1, **options)
+    if chosen == "arm":
+        with pytest.raises(InputError, match="the cameras of arm"):
+            rollout.main(config)
+    else:
+        rollout.main(config)
+        result = json.loads((tmp_path / "result.json").read_text())
+        assert (result["dataset"], len(result["baselines"])) == (chosen or "tabletop", 4)
 
 
 def test_baselines_are_the_expert_an_untrained_policy_and_this_one_blinded_or_misled(exported, tmp_path, monkeypatch):

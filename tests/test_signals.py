@@ -72,7 +72,7 @@ def test_signal_in_an_evaluation_leaves_it_to_the_resumed_run(uninterrupted, fla
 
     def hook(found):
         signalled = once(lambda: rank() == 1 and send(TERM))
-        after(Samples, "__getitems__", lambda _, samples, positions: samples.shuffle or signalled())
+        after(Samples, "batch", lambda _, samples, *positions: samples.shuffle or signalled())
 
     children = train(*flags, *own, "--run_dir", run, before=hook, processes=2)
     assert_stopped(run, children, 7)
@@ -245,7 +245,7 @@ NO_PROGRESS = "error: no progress for 2 seconds (--guard.hang_seconds), so this 
 
 @pytest.mark.parametrize(
     ("owner", "name", "doing"),
-    [(Samples, "__getitems__", "waiting for the data of step 6"), (VLAPolicy, "forward", "computing step 6")],
+    [(Samples, "batch", "waiting for the data of step 6"), (VLAPolicy, "forward", "computing step 6")],
     ids=["data", "forward"],
 )
 def test_process_that_hangs_is_named_and_all_end(owner, name, doing, flags, tmp_path):

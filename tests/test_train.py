@@ -28,6 +28,7 @@ from training import (
 from vla import evaluate, log, optim
 from vla.config import load
 from vla.data.lerobot import LeRobotDataset
+from vla.data.mixture import Mixture
 from vla.data.stream import Samples, split
 from vla.model import VLAPolicy
 
@@ -170,8 +171,8 @@ def test_evaluating_twice_gives_the_same_numbers_to_the_bit(finished, data, tmp_
             LeRobotDataset(data),
             load(run / "config.json"),
         )
-        _, held_out = split(dataset.num_episodes, settings.data.val_fraction, settings.seed)
-        samples = Samples(dataset, held_out, policy.tokenize, 4, settings.seed, shuffle=False)
+        _, held_out = split(dataset.episodes, settings.data.val_fraction, settings.seed)
+        samples = Samples(Mixture([dataset]), [held_out], policy.tokenize, 4, settings.seed, shuffle=False)
         arguments = Accelerator(cpu=True), policy, samples, settings.eval.samples
         found["values"] = [evaluate.held_out(*arguments, batch_size=size) for size in (12, 12, 1)]
 

@@ -34,6 +34,8 @@ class CollectConfig:
     # Standard deviation of noise on the motions that are executed, as a share of their range: the recorded action is
     # the expert's own, so the policy learns to come back (DART: Laskey et al., 2017).
     noise: float = 0.3
+    # How images are stored: png keeps every pixel; av1 and h264 write video, which is smaller and loses some detail.
+    codec: Literal["png", "av1", "h264"] = "png"
     # Processes that act.
     workers: int = os.cpu_count() or 1
 
@@ -73,6 +75,7 @@ def main(config: CollectConfig) -> None:
         state_names=world.state_names,
         action_names=world.action_names,
         robot_type=config.env,
+        codec=config.codec,
     )
     kept = tried = frames = 0
     act = partial(demonstrate, config.env, config.noise, config.seed)

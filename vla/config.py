@@ -18,17 +18,58 @@ MODULES = ("vision_encoder", "language_model", "action_head")
 
 
 @dataclass(frozen=True)
+class AugmentConfig:
+    # Largest shift either way, as a share of height and width, in whole pixels; edge pixels are repeated.
+    shift: float = 0.0
+    # Largest share of height and width cut away; what is left, which may lie anywhere, is scaled to full size.
+    crop: float = 0.0
+    # Largest rotation about the centre either way, in degrees; edge pixels are repeated.
+    rotate: float = 0.0
+    # Values times 1 ± this.
+    brightness: float = 0.0
+    # Distances from the image's mean gray times 1 ± this.
+    contrast: float = 0.0
+    # Distances from each pixel's gray times 1 ± this.
+    saturation: float = 0.0
+    # Largest turn of the colours either way, as a share of the colour circle.
+    hue: float = 0.0
+
+
+@dataclass(frozen=True)
 class DataConfig:
-    # Folder of a LeRobot v3.0 data set.
-    path: str = ""
-    # Cameras to look through, in this order; all of the data set's if none is named.
+    # LeRobot data sets, v2.1 or v3.0: folders, or owner/name on the Hugging Face hub (owner/name@revision).
+    path: tuple[str, ...] = ()
+    # Shares of the samples that come from each of several data sets.
+    weights: tuple[float, ...] = ()
+    # Cameras to look through, in this order, by short name (wrist for observation.images.wrist) or feature; all if none
+    # is named. What a data set lacks is masked there.
     cameras: tuple[str, ...] = ()
-    # Folder for the decoded images, if not the data set's own.
-    image_cache: str = ""
+    # Other names for cameras, so that those of several data sets match: hand=wrist, or dataset:hand=wrist.
+    camera_map: tuple[str, ...] = ()
+    # Features whose numbers make up the state (by convention observation.state).
+    state: tuple[str, ...] = ()
+    # Features whose numbers make up the action (by convention action).
+    action: tuple[str, ...] = ()
+    # Fill the states and actions of data sets that have fewer dimensions up with zeros, which are not learned.
+    pad_dims: bool = False
+    # Height and width that all pictures are brought to, their aspect kept; as they are if not given.
+    image_size: tuple[int, ...] = ()
+    # Decoded pictures: kept on the disk or in the memory of each process; or none, so that they are decoded when read.
+    cache: Literal["disk", "memory", "none"] = "disk"
+    # Folder of the cache, if not .vla_cache in the data set's own.
+    cache_dir: str = ""
+    # Seconds by which the time of a frame may miss frame_index / fps.
+    tolerance_s: float = 1e-4
+    # Leave out episodes with faults; python -m vla.data check lists them.
+    skip_bad: bool = False
+    # Faults to live with: action dimensions that never change, instructions that several tasks share.
+    accept: tuple[Literal["constant_action", "shared_instruction"], ...] = ()
     # Share of whole episodes held out for validation.
     val_fraction: float = 0.05
     # Loader processes for each training process.
     workers: int = 2
+    # Random changes of the training images, drawn for each camera of each sample; 0: none.
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
 
 
 @dataclass(frozen=True)
@@ -128,6 +169,8 @@ class EvalConfig:
     min_delta: float = 0.0
     # Environment to act in at every evaluation, such as tabletop (none if empty).
     env: str = ""
+    # Data set whose robot acts there, if that of several could.
+    dataset: str = ""
     # Episodes to act, shared out over the processes.
     episodes: int = 20
 
@@ -206,6 +249,8 @@ MAY_CHANGE = (
     "epochs",
     "micro_batch_size",
     "data.workers",
+    "data.path",  # to where the same data lie now: see the digest in trainer_state.json
+    "data.cache",
     "eval.",
     "checkpoint.",
     "guard.",
@@ -248,7 +293,12 @@ def parse(arguments: list[str]) -> TrainConfig:
 
 
 def from_dict(cls, data: dict, where: str):
-    """The dataclass `cls` from what JSON made of it. Raises InputError for a key that it does not have."""
+    """The dataclass `cls` from what JSON made of it, with those inside it and in its tuples.
+
+    Raises InputError for a key that it does not have.
+    """
+    if not isinstance(data, dict):
+        raise InputError(f"{where} has {data!r} in place of the entries of a {cls.__name__}; restore it")
     kinds = typing.get_type_hints(cls)
     if unknown := sorted(set(data) - set(kinds)):
         raise InputError(
@@ -259,8 +309,13 @@ def from_dict(cls, data: dict, where: str):
         raise InputError(f"{where} lacks {', '.join(missing)}; write it again with this version of the project")
     values = {}
     for name, value in data.items():
+        (item, *_) = typing.get_args(kinds[name]) or (None,)
         if dataclasses.is_dataclass(kinds[name]):
             value = from_dict(kinds[name], value, where)
+        elif dataclasses.is_dataclass(item):
+            if not isinstance(value, list):
+                raise InputError(f"{where} has {name} {value!r}, expected a list; restore it")
+            value = [from_dict(item, each, where) for each in value]
         values[name] = _tuples(value)
     return cls(**values)
 
@@ -355,6 +410,9 @@ def validate(config: TrainConfig) -> None:
     for name, path in (("run_dir", config.run_dir), ("data.path", config.data.path)):
         if not path:
             raise InputError(f"--{name} is missing; give a folder")
+    if len(config.data.image_size) not in (0, 2) or any(size < 1 for size in config.data.image_size):
+        found = " ".join(map(str, config.data.image_size))
+        raise InputError(f"--data.image_size is {found}; expected height and width in pixels, such as 224 224")
     if config.steps and config.epochs:
         raise InputError(f"found --steps {config.steps} and --epochs {config.epochs}; give one of them")
     for flag, names in (("model.freeze", model.freeze), ("optim.module_lrs", dict(optim.module_lrs))):
@@ -374,6 +432,14 @@ def validate(config: TrainConfig) -> None:
         "epochs": (0, None),
         "data.workers": (0, None),
         "data.val_fraction": (0, 0.9),
+        "data.tolerance_s": (0, None),
+        "data.augment.shift": (0, 0.5),
+        "data.augment.crop": (0, 0.5),
+        "data.augment.rotate": (0, 180),
+        "data.augment.brightness": (0, 1),
+        "data.augment.contrast": (0, 1),
+        "data.augment.saturation": (0, 1),
+        "data.augment.hue": (0, 0.5),
         "optim.lr": (0, None),
         "optim.warmup_steps": (0, None),
         "optim.decay_share": (0, 1),

@@ -22,6 +22,8 @@ def held_out(
 ) -> dict[str, float] | None:
     """Loss, its terms and the mean absolute action error, over at most `limit` evenly spaced samples.
 
+    With several data sets also loss and error of each; the error of each dimension only if all have the same ones.
+
     Every process calls this. Each sample is counted once, whatever the number of processes, and its noise is keyed by
     it, so evaluations are comparable. None, on all processes, if `go_on()` was false on any before it was done.
     """
@@ -30,33 +32,46 @@ def held_out(
     mine = chosen[accelerator.process_index :: accelerator.num_processes]
     # A process with nothing to do still takes part in the sum below, with a sample that weighs nothing.
     batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)] or [chosen[:1]]
-    sums: dict[str, torch.Tensor] = {}
+    datasets = policy.config.datasets
+    sums: dict[str, torch.Tensor] = {}  # for each value float64 [2]: its sum over the samples, and how many they are
+
+    def add(name: str, mean: torch.Tensor, size: int) -> None:
+        size = torch.full_like(mean, size if mine else 0, dtype=torch.float64)
+        total = torch.where(size > 0, mean.double() * size, 0)  # the mean of no sample is NaN
+        sums[name] = sums.get(name, 0) + torch.stack([total, size])
+
     policy.eval()
     done = True
     for positions in batches:
         done = done and go_on()
         if not done and sums:
             break
-        batch = {name: value.to(accelerator.device) for name, value in samples.__getitems__(positions).items()}
+        batch = {name: value.to(accelerator.device) for name, value in samples.batch(positions).items()}
         with accelerator.autocast():
             values = policy(batch)
-            del values["sample_loss"]
+            sample_loss = values.pop("sample_loss")
             error = (policy.predict_chunk(batch).float() - batch["actions"]).abs()  # [B, H, A]
         valid = (~batch["action_is_pad"]).float()[:, :, None]
         error = (error * valid).sum(1) / valid.sum(1)  # [B, A]
-        size = len(error) if mine else 0
-        values |= {f"action_error/{name}": error[:, i].mean() for i, name in enumerate(policy.config.action_names)}
-        values |= {"action_error": error.mean(), "count": torch.ones((), device=error.device)}
         for name, value in values.items():
-            sums[name] = sums.get(name, 0) + value.double() * size
+            add(name, value, len(error))
+        for place, spec in enumerate(datasets):
+            rows = batch["dataset"] == place
+            own = error[rows, : len(spec.action_names)]
+            add("action_error", own.mean(), len(own))
+            if len(datasets) > 1:
+                add(f"action_error/{spec.name}", own.mean(), len(own))
+                add(f"loss/{spec.name}", sample_loss[rows].mean(), len(own))
+        if len({spec.action_names for spec in datasets}) == 1:
+            for i, name in enumerate(datasets[0].action_names):
+                add(f"action_error/{name}", error[:, i].mean(), len(error))
     policy.train()
-    sums["left_early"] = torch.tensor(float(not done), dtype=torch.float64, device=accelerator.device)
-    total = accelerator.reduce(torch.stack([sums[name] for name in sorted(sums)]), "sum").tolist()
-    means = dict(zip(sorted(sums), total, strict=True))
-    samples_seen, left_early = means.pop("count"), means.pop("left_early")
-    if left_early:
+    left_early = torch.tensor([float(not done), 0], dtype=torch.float64, device=accelerator.device)
+    total = accelerator.reduce(torch.stack([left_early, *(sums[name] for name in sorted(sums))]), "sum").tolist()
+    if total[0][0]:
         return None
-    return {f"eval/{name}": value / samples_seen for name, value in means.items()}
+    means = zip(sorted(sums), total[1:], strict=True)
+    return {f"eval/{name}": value / size for name, (value, size) in means if size}
 
 
 def closed_loop(

@@ -93,9 +93,18 @@ def init_from(policy: VLAPolicy, path: Path) -> str:
 
 
 def _card(policy: VLAPolicy, summary: str) -> str:
-    config, model = policy.config, policy.config.model
+    config, model, several = policy.config, policy.config.model, len(policy.config.datasets) > 1
     count = sum(p.numel() for p in policy.parameters())
     chunks = f"chunks of {model.chunk_size}, {model.n_action_steps} executed"
+    robots = "\n".join(
+        f"| cameras{of} | {', '.join(spec.cameras)} at {config.image_size[0]}x{config.image_size[1]} |\n"
+        f"| state{of} | {', '.join(spec.state_names)} |\n"
+        f"| actions{of} | {', '.join(spec.action_names)} at {spec.fps} Hz, {chunks} |"
+        for spec in config.datasets
+        for of in [f" of {spec.name}" if several else ""]
+    )
+    first, *others = [spec.name for spec in config.datasets]
+    drive = f'policy.drive("{first}")  # or {", ".join(others)}\n' if several else ""
     return f"""---
 library_name: vla
 pipeline_tag: robotics
@@ -108,17 +117,15 @@ tags: [vision-language-action, robotics]
 | | |
 | --- | --- |
 | parameters | {count:,} |
-| cameras | {", ".join(config.cameras)} at {config.image_size[0]}x{config.image_size[1]} |
-| state | {", ".join(config.state_names)} |
-| actions | {", ".join(config.action_names)} at {config.fps} Hz, {chunks} |
+{robots}
 | action head | {model.head} |
 
 ```python
 from vla.model import VLAPolicy
 
 policy = VLAPolicy.from_pretrained("this folder")
-policy.reset()
-# images: uint8 [cameras, 3, height, width], state: float32 [{len(config.state_names)}]
+{drive}policy.reset()
+# images: uint8 [cameras, 3, height, width], state: float32 [{len(config.datasets[0].state_names)}]
 action = policy.select_action({{"images": images, "state": state, "instruction": "..."}})
 ```
 """

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 # One stream per use of randomness: two uses with the same key must not share numbers.
-FLOW_NOISE, FLOW_TIME = range(2)
+FLOW_NOISE, FLOW_TIME, AUGMENT = range(3)
 
 
 def _signed(x: int) -> int:
     return x - (1 << 64) if x >= 1 << 63 else x
 
 
+ROUNDS = 6  # of the Feistel network that permutes
 _GOLDEN, _M1, _M2 = _signed(0x9E3779B97F4A7C15), _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
 
 
@@ -56,3 +57,24 @@ def normal(key: Tensor, stream: int, shape: tuple[int, ...] = ()) -> Tensor:
     radius = (_shift_right(random, 40).float() + 1) * 2.0**-24  # in (0, 1], so that its logarithm is finite
     angle = ((random >> 16) & 0xFFFFFF).float() * 2.0**-24
     return torch.sqrt(-2 * torch.log(radius)) * torch.cos(2 * math.pi * angle)
+
+
+def permute(index: Tensor, size: int, key: Tensor) -> Tensor:
+    """Shuffle: the place of each index in a pseudorandom permutation of range(size), one permutation for each key.
+
+    A Feistel network over the next power of four, walked until the result lies in range (Black and Rogaway, 2002),
+    so that no permutation is ever stored. index: int64 [B] in [0, size), key: int64 [B] -> int64 [B].
+    """
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+
+    def shuffle(x: Tensor, key: Tensor) -> Tensor:
+        left, right = x >> half, x & mask
+        for turn in range(ROUNDS):
+            left, right = right, left ^ (mix(key + turn * size + right) & mask)
+        return left << half | right
+
+    result = shuffle(index, key)
+    while (outside := result >= size).any():
+        result[outside] = shuffle(result[outside], key[outside])
+    return result

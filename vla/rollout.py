@@ -67,7 +67,7 @@ def rollout(
                 # Noise by (seed, steps so far), so that an episode is the same in whatever batch it runs.
                 key = keyed.derive(0, torch.tensor([batch[i].seed * 10_000 + batch[i].steps for i in running]))
                 chunks = policy.predict_chunk(policy.collate(seen, key)).float().cpu().numpy()
-                chunks = chunks[:, : policy.config.model.n_action_steps]
+                chunks = chunks[:, : policy.config.model.n_action_steps, : len(policy.driven.action_names)]
             for i, chunk in zip(list(running), chunks, strict=True):
                 for action in chunk:
                     if start + i < record:
@@ -121,15 +121,27 @@ def _captioned(frame: np.ndarray, instruction: str, success: bool | None) -> np.
     return np.asarray(picture)
 
 
-def check_fits(policy: PolicyConfig, env: str) -> None:
-    """Raises InputError where the policy was trained on another robot than the environment has."""
-    world = sim.make(env)
-    for name in ("cameras", "image_size", "state_names", "action_names"):
-        if tuple(getattr(policy, name)) != tuple(getattr(world, name)):
-            raise InputError(
-                f"the policy's {name}: {', '.join(map(str, getattr(policy, name)))}; those of {env}: "
-                f"{', '.join(map(str, getattr(world, name)))}; act in the environment that its data came from"
-            )
+def check_fits(policy: PolicyConfig, env: str, dataset: str = "") -> str:
+    """The name of the policy's data set whose robot the environment has; `dataset` chooses one.
+
+    Raises InputError where no robot is that of the environment, and where several are and none is chosen.
+    """
+    world, fitting, differences = sim.make(env), [], []
+    for spec in (policy.datasets[policy.place(dataset)],) if dataset else policy.datasets:
+        differing = [
+            f"the {name} of {spec.name}: {', '.join(getattr(spec, name))}; those of {env}: "
+            f"{', '.join(getattr(world, name))}"
+            for name in ("cameras", "state_names", "action_names")
+            if tuple(getattr(spec, name)) != tuple(getattr(world, name))
+        ]
+        differences += differing
+        fitting += [] if differing else [spec.name]
+    if not fitting:
+        raise InputError(f"{'; '.join(differences)}; act in the environment that the policy's data came from")
+    if len(fitting) > 1:
+        names = " and of ".join(fitting)
+        raise InputError(f"{env} has the robot of {names}; choose one with --dataset (in training --eval.dataset)")
+    return fitting[0]
 
 
 @dataclass(frozen=True)
@@ -146,6 +158,8 @@ class RolloutConfig:
     seed: int = sim.TEST_SEEDS
     # Actions executed of each chunk (0: as the policy was configured).
     n_action_steps: int = 0
+    # Data set of the policy whose robot acts (default: the one that fits the environment).
+    dataset: str = ""
     # Also act with the expert, with an untrained policy, and with this policy blinded or misled.
     baselines: bool = False
     # Write the results here, as JSON.
@@ -168,16 +182,23 @@ def main(config: RolloutConfig) -> None:
     for file in filter(None, (config.out, config.gif)):
         Path(file).parent.mkdir(parents=True, exist_ok=True)  # now, and not when there is something to lose
     policy = VLAPolicy.from_pretrained(config.policy).to(config.device)
-    check_fits(policy.config, config.env)
+    dataset = check_fits(policy.config, config.env, config.dataset)
+    policy.drive(dataset)
     steps = config.n_action_steps or policy.config.model.n_action_steps
     policy.config = replace(policy.config, model=replace(policy.config.model, n_action_steps=steps))
     check(policy.config)
 
     seeds = list(range(config.seed, config.seed + config.episodes))
     episodes = rollout(policy, config.env, seeds, record=9 if config.gif else 0, progress=True)
-    result = summary(episodes) | {"env": config.env, "policy": config.policy, "n_action_steps": steps}
+    result = summary(episodes) | {
+        "env": config.env,
+        "policy": config.policy,
+        "dataset": dataset,
+        "n_action_steps": steps,
+    }
     if config.baselines:
         untrained = VLAPolicy(policy.config).to(config.device).eval()
+        untrained.drive(dataset)
         for mine, theirs in ((untrained.state_norm, policy.state_norm), (untrained.action_norm, policy.action_norm)):
             mine.load_state_dict(theirs.state_dict())
         words = [episode.instruction for episode in episodes]

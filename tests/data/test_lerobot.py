@@ -1,171 +1,150 @@
-import json
-import shutil
+import pickle
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from lerobot_sets import (
+    DATA,
+    EPISODES,
+    LENGTHS,
+    as_v21,
+    column,
+    copy,
+    edit_columns,
+    edit_info,
+    edit_value,
+    images_of,
+    made_up,
+    numbers,
+    read_lines,
+    write,
+    write_lines,
+)
 
 from vla import InputError
+from vla.data import __main__ as command
 from vla.data.lerobot import LeRobotDataset
-from vla.data.write import LeRobotWriter
 
-DATA = "data/chunk-000/file-000.parquet"
-EPISODES = "meta/episodes/chunk-000/file-000.parquet"
+F = sum(LENGTHS)
+ALL = np.arange(F)
+SMALL_FILES = {"chunks_size": 2, "data_files_size_in_mb": 0, "video_files_size_in_mb": 0}  # an episode each
+SHOWN = np.stack([ALL, 100 + ALL], axis=1)  # by the two cameras
+CODEC_ERROR = {"h264": 3.0, "av1": 3.0}  # mean over all pixels, of 255 levels
 
 
-def write(root, lengths=(4, 3, 2), cameras=None, state_names=("x", "y", "z"), **options):
-    cameras, rng = cameras or {"table": (6, 8), "gripper": (6, 8)}, np.random.default_rng(0)
-    names = {"state_names": list(state_names), "action_names": ["dx", "dy"]}
-    with LeRobotWriter(root, fps=10, cameras=cameras, robot_type="tabletop", **names, **options) as writer:
-        for episode, length in enumerate(lengths):
-            writer.add_episode(
-                images={name: rng.integers(0, 256, (length, 3, *hw), dtype=np.uint8) for name, hw in cameras.items()},
-                state=rng.normal(size=(length, len(state_names))).astype(np.float32),
-                actions=rng.normal(size=(length, 2)).astype(np.float32),
-                instruction=f"task {episode % 2}",
-            )
-    return root
+def noise(number, size):
+    return np.random.default_rng(number).integers(0, 256, (3, *size), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def png(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("sets") / "png")
+
+
+@pytest.fixture(scope="module")
+def h264(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("sets") / "h264", codec="h264")
 
 
 @pytest.fixture
-def root(tmp_path):
-    return write(tmp_path / "set")
+def root(png, tmp_path):
+    return copy(png, tmp_path / "set")
 
 
-def edit_info(root, change):
-    info = json.loads((root / "meta/info.json").read_text())
-    change(info)
-    (root / "meta/info.json").write_text(json.dumps(info))
+def numbers_equal(data, episodes):
+    np.testing.assert_array_equal(data.state, np.concatenate([episode["state"] for episode in episodes]))
+    np.testing.assert_array_equal(data.actions, np.concatenate([episode["actions"] for episode in episodes]))
+    assert data.task_index.tolist() == [e % 2 for e, episode in enumerate(episodes) for _ in episode["state"]]
 
 
-def edit_columns(path, **columns):
-    """Replace columns of a parquet file; the value None drops one, and `__` stands for a dot or a slash."""
-    table = pq.ParquetFile(path).read()
-    for name, values in columns.items():
-        index = next(i for i, column in enumerate(table.column_names) if column.translate({46: 95, 47: 95}) == name)
-        label = table.column_names[index]
-        table = table.remove_column(index) if values is None else table.set_column(index, label, pa.array(values))
-    pq.write_table(table, path)
+@pytest.mark.parametrize("version", ["v3.0", "v2.1"])
+@pytest.mark.parametrize("files", ["few", "many"])
+def test_numbers_and_png_images_come_back_to_the_bit(tmp_path, version, files):
+    episodes = made_up(draw=noise)
+    root = write(tmp_path / "set", episodes, **(SMALL_FILES if files == "many" else {}))
+    if version == "v2.1":
+        root = as_v21(root, tmp_path / "older", chunks_size=2 if files == "many" else 1000)
+    assert len(list(root.glob("data/*"))) == (2 if files == "many" else 1)
+    data = LeRobotDataset(root)
+    numbers_equal(data, episodes)
+    np.testing.assert_array_equal(data.images(ALL), images_of(episodes))
+    assert (data.name, data.fps, data.cameras, data.image_size) == (root.name, 10, ("table", "wrist"), (16, 32))
+    assert (data.state_names, data.action_names, data.state_dim, data.action_dim) == (tuple("xyz"), ("dx", "dy"), 3, 2)
+    assert (data.num_frames, data.num_episodes, data.instructions) == (F, 4, ["task 0", "task 1"])
+    assert (data.episode_from.tolist(), data.episode_to.tolist()) == ([0, 4, 7, 12], [4, 7, 12, 14])
+    assert data.episode_numbers.tolist() == data.episodes.tolist() == [0, 1, 2, 3]
 
 
-def column(path, name):
-    return pq.ParquetFile(path).read().column(name).to_pylist()
+@pytest.mark.parametrize("codec", ["h264", "av1"])
+@pytest.mark.parametrize("version", ["v3.0", "v2.1"])
+@pytest.mark.parametrize("files", ["few", "many"])
+def test_video_comes_back_within_the_codec_s_error(tmp_path, codec, version, files):
+    episodes = made_up()
+    root = write(tmp_path / "set", episodes, codec=codec, **(SMALL_FILES if files == "many" else {}))
+    if version == "v2.1":
+        root = as_v21(root, tmp_path / "older", chunks_size=2 if files == "many" else 1000)
+    expected_files = 8 if files == "many" or version == "v2.1" else 2
+    assert len(list(root.glob("videos/**/*.mp4"))) == expected_files
+    data = LeRobotDataset(root)
+    numbers_equal(data, episodes)
+    assert np.abs(data.images(ALL) - images_of(episodes).astype(float)).mean() < CODEC_ERROR[codec]
 
 
-def test_windows_at_both_ends_of_an_episode_equal_a_table_made_by_hand(root):
-    data = LeRobotDataset(root)  # episodes are frames 0-3, 4-6, 7-8
+@pytest.mark.parametrize("codec", ["h264", "av1"])
+@pytest.mark.parametrize("fps", [10, 30, 80, 15])
+def test_every_frame_of_a_video_is_the_one_that_carries_its_number_however_it_is_cached(tmp_path, fps, codec):
+    lengths = (1, 17, 2, 33, 30)
+    frames = np.arange(sum(lengths))
+    root = write(tmp_path / "set", made_up(lengths), fps=fps, codec=codec)
+    expected = np.stack([frames, 100 + frames], axis=1)
+    images = {cache: LeRobotDataset(root, cache=cache).images(frames) for cache in ("disk", "memory", "none")}
+    np.testing.assert_array_equal(numbers(images["none"]), expected)
+    np.testing.assert_array_equal(images["disk"], images["none"])
+    np.testing.assert_array_equal(images["memory"], images["none"])
+    some = np.random.default_rng(0).permutation(frames)[:20]
+    np.testing.assert_array_equal(LeRobotDataset(root, cache="none").images(some), images["none"][some])
+
+
+def test_windows_at_both_ends_of_an_episode_equal_a_table_made_by_hand(png):
+    data = LeRobotDataset(png)  # episodes are frames 0-3, 4-6, 7-11, 12-13
     rows = {
         0: ([0, 1, 2], [False, False, False]),
         2: ([2, 3, 3], [False, False, True]),
         3: ([3, 3, 3], [False, True, True]),
         4: ([4, 5, 6], [False, False, False]),
         6: ([6, 6, 6], [False, True, True]),
-        7: ([7, 8, 8], [False, False, True]),
-        8: ([8, 8, 8], [False, True, True]),
+        7: ([7, 8, 9], [False, False, False]),
+        12: ([12, 13, 13], [False, False, True]),
+        13: ([13, 13, 13], [False, True, True]),
     }
     actions, action_is_pad = data.windows(np.array(list(rows)), chunk_size=3)
-    assert (actions.dtype, actions.shape) == (np.float32, (7, 3, 2))
+    assert (actions.dtype, actions.shape) == (np.float32, (8, 3, 2))
     for window, pad, (frames, expected_pad) in zip(actions, action_is_pad, rows.values(), strict=True):
         np.testing.assert_array_equal(window, data.actions[frames])
         assert pad.tolist() == expected_pad
 
 
-def test_cameras_come_in_the_order_asked_for(root):
-    both, swapped = LeRobotDataset(root), LeRobotDataset(root, cameras=("gripper", "table"))
-    one = LeRobotDataset(root, cameras=("gripper",))
-    frames = np.array([5, 0, 8])
-    np.testing.assert_array_equal(both.images(frames)[:, ::-1], swapped.images(frames))
-    np.testing.assert_array_equal(both.images(frames)[:, 1:], one.images(frames))
-    assert one.cameras == ("gripper",)
-    assert one.images(frames).shape == (3, 1, 3, 6, 8)
+@pytest.mark.parametrize(
+    ("options", "names", "order"),
+    [
+        ({"cameras": ("wrist", "table")}, ("wrist", "table"), [1, 0]),
+        ({"cameras": ("wrist",)}, ("wrist",), [1]),
+        ({"cameras": ("observation.images.wrist",)}, ("observation.images.wrist",), [1]),
+        ({"rename": {"wrist": "hand"}}, ("table", "hand"), [0, 1]),
+        ({"rename": {"wrist": "table", "table": "wrist"}, "cameras": ("table",)}, ("table",), [1]),
+        ({"cameras": ("front", "wrist"), "some_cameras": True}, ("wrist",), [1]),
+    ],
+)
+def test_cameras_are_chosen_ordered_and_renamed(png, options, names, order):
+    data = LeRobotDataset(png, **options)
+    assert data.cameras == names
+    np.testing.assert_array_equal(numbers(data.images(ALL)), SHOWN[:, order])
 
 
-def test_fingerprint_follows_the_content_and_not_the_place(root, tmp_path):
-    original = LeRobotDataset(root).fingerprint()
-    shutil.copytree(root, tmp_path / "copy")
-    assert LeRobotDataset(tmp_path / "copy", cameras=("table",)).fingerprint() == original
-    edit_columns(tmp_path / "copy" / DATA, action=[[0.0, 0.0]] * 9)
-    assert LeRobotDataset(tmp_path / "copy").fingerprint() != original
-    edit_columns(root / "meta/tasks.parquet", task=["another task", "task 1"])
-    assert LeRobotDataset(root).fingerprint() != original
+def features(**changes):
+    """A change of info.json: the features whose names end so are updated."""
 
-
-def test_sets_of_other_writers_are_read_alike(root, tmp_path):
-    expected, frames = LeRobotDataset(root), np.arange(9)
-    other = shutil.copytree(root, tmp_path / "other")
-
-    def change(info):
-        info["unknown"] = {"key": 1}
-        image = {"dtype": "image", "shape": [6, 8, 3], "names": ["height", "width", "channel"], "info": None}
-        info["features"]["observation.images.table"] = image
-        info["features"]["observation.images.gripper"] = {"dtype": "image", "shape": [6, 8, 3], "names": None}
-        info["features"]["observation.state"]["names"] = {"motors": ["x", "y", "z"]}
-        info["features"]["action"]["names"] = None
-        info["features"]["next.done"] = {"dtype": "bool", "shape": [1], "names": None}
-
-    edit_info(other, change)
-    tasks = pa.table({"task_index": [1, 0], "__index_level_0__": ["task 1", "task 0"]})  # index unnamed, other order
-    pq.write_table(tasks, other / "meta/tasks.parquet")
-    table = pq.ParquetFile(other / DATA).read()
-    for name in ("observation.state", "action"):  # lists of any length, of float64
-        values = pa.array(table.column(name).to_pylist(), pa.list_(pa.float64()))
-        table = table.set_column(table.column_names.index(name), name, values)
-    pq.write_table(table, other / DATA, row_group_size=7)  # not one row group per episode
-    episodes = pq.ParquetFile(other / EPISODES).read()  # in two files, the later episodes first
-    pq.write_table(episodes.slice(2), other / "meta/episodes/chunk-000/file-000.parquet")
-    pq.write_table(episodes.slice(0, 2), other / "meta/episodes/chunk-000/file-001.parquet")
-
-    data = LeRobotDataset(other)
-    np.testing.assert_array_equal(data.state, expected.state)
-    np.testing.assert_array_equal(data.actions, expected.actions)
-    np.testing.assert_array_equal(data.images(frames), expected.images(frames))
-    np.testing.assert_array_equal(data.episode_to, expected.episode_to)
-    assert data.instructions == ["task 0", "task 1"]
-    assert (data.state_names, data.action_names) == (("x", "y", "z"), ("action_0", "action_1"))
-
-
-def test_single_camera_and_single_number_state_are_read(tmp_path):
-    root = write(tmp_path / "set", cameras={"top": (4, 4)}, state_names=("height",))
-    expected = LeRobotDataset(root)
-    assert expected.state.shape == (9, 1)
-    assert expected.state[:, 0].tolist() == column(root / DATA, "observation.state")
-
-    def rename(info):
-        info["features"] = {
-            key.replace("observation.images.top", "observation.image"): value for key, value in info["features"].items()
-        }
-
-    edit_info(root, rename)
-    table = pq.ParquetFile(root / DATA).read()
-    pq.write_table(table.rename_columns(["observation.image", *table.column_names[1:]]), root / DATA)
-    data = LeRobotDataset(root)
-    assert data.cameras == ("image",)
-    np.testing.assert_array_equal(data.images(np.arange(9)), expected.images(np.arange(9)))
-
-
-def test_cameras_of_different_size_are_refused_unless_one_is_chosen(tmp_path):
-    root = write(tmp_path / "set", cameras={"table": (6, 8), "wrist": (4, 4)})
-    with pytest.raises(InputError) as refusal:
-        LeRobotDataset(root)
-    for text in ("'table': [6, 8]", "'wrist': [4, 4]", "expected one size", "data.cameras"):
-        assert text in str(refusal.value)
-    assert LeRobotDataset(root, cameras=("wrist",)).image_size == (4, 4)
-
-
-def test_missing_folder_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"nowhere/meta/info.json cannot be read .*No such file.*: check --data.path"):
-        LeRobotDataset(tmp_path / "nowhere")
-
-
-def test_unknown_camera_is_refused_with_those_there_are(root):
-    with pytest.raises(InputError) as refusal:
-        LeRobotDataset(root, cameras=("table", "front"))
-    for text in (str(root), "['table', 'gripper']", "expected ['table', 'front']", "data.cameras"):
-        assert text in str(refusal.value)
-
-
-def with_features(**changes):
     def change(info):
         for name, feature in changes.items():
             key = next(key for key in info["features"] if key.endswith(name))
@@ -174,134 +153,382 @@ def with_features(**changes):
     return lambda root: edit_info(root, change)
 
 
-def with_row(name, row, value):
-    def plant(root):
-        values = column(root / DATA, name)
-        values[row] = value
-        edit_columns(root / DATA, **{name.replace(".", "_"): values})
+def retyped(name, kind):
+    def change(root):
+        table = pq.ParquetFile(root / DATA).read()
+        values = pa.array(table.column(name).to_pylist(), kind)
+        pq.write_table(table.set_column(table.column_names.index(name), name, values), root / DATA)
 
-    return plant
-
-
-def without_cameras(info):
-    info["features"] = {key: value for key, value in info["features"].items() if "images" not in key}
+    return change
 
 
-def test_fault_in_a_later_file_is_told_with_that_file(tmp_path):
-    root = write(tmp_path / "set", data_files_size_in_mb=0)
-    later = "data/chunk-000/file-001.parquet"
-    edit_columns(root / later, action=[[0.0, float("nan")], [0.0, 0.0], [0.0, 0.0]])
-    with pytest.raises(InputError) as refusal:
-        LeRobotDataset(root)
-    assert f"{root / later}: episode 1, frame 0: action is [ 0. nan]" in str(refusal.value)
+def tasks_unnamed_and_in_another_order(root):
+    tasks = pa.table({"task_index": [1, 0], "__index_level_0__": ["task 1", "task 0"]})
+    pq.write_table(tasks, root / "meta/tasks.parquet")
 
 
-def truncate(path):
-    path.write_bytes(path.read_bytes()[:-20])
+def more_keys_and_columns(root):
+    def change(info):
+        info["unknown"] = {"key": 1}
+        info["features"]["next.done"] = {"dtype": "bool", "shape": [1], "names": None}
+        info["features"]["note"] = {"dtype": "string", "shape": [1], "names": None}
+
+    edit_info(root, change)
+    edit_columns(root / DATA, {"next.done": [False] * F, "note": ["a word"] * F, "unknown": [[1.5]] * F})
+    edit_columns(root / EPISODES, {"unknown": ["another"] * 4})
 
 
-REPAIR = "copy or write the data set again"
-WRONG_SETS = {
-    "no info": (
-        lambda root: (root / "meta/info.json").unlink(),
-        ["meta/info.json cannot be read", "check --data.path"],
+def row_groups_of_five(root):
+    pq.write_table(pq.ParquetFile(root / DATA).read(), root / DATA, row_group_size=5)
+
+
+def episodes_in_two_files(root):
+    table = pq.ParquetFile(root / EPISODES).read()  # the later episodes first, one column of another type
+    pq.write_table(table.slice(2), root / EPISODES)
+    index = table.column_names.index("length")
+    table = table.set_column(index, "length", table.column("length").cast(pa.int32()))
+    (root / "meta/episodes/chunk-001").mkdir()
+    pq.write_table(table.slice(0, 2), root / "meta/episodes/chunk-001/file-000.parquet")
+
+
+def without_video_path(root):
+    edit_info(root, lambda info: info.pop("video_path"))
+
+
+CHANNELS_LAST = {"shape": [16, 32, 3]}
+ODD_SETS = {
+    "(H, W, C) named": features(table={**CHANNELS_LAST, "names": ["height", "width", "channel"]}),
+    "(H, W, C) named otherwise": features(table={**CHANNELS_LAST, "names": ["height", "width", "rgb"]}),
+    "(H, W, C) unnamed": features(table={**CHANNELS_LAST, "names": None}, wrist={**CHANNELS_LAST, "names": None}),
+    "(C, H, W) unnamed": features(table={"names": None}, wrist={"names": None}),
+    "(C, H, W) named channel": features(table={"names": ["channel", "height", "width"]}),
+    "names in a dictionary": features(
+        state={"names": {"motors": list("xyz")}}, action={"names": {"axes": ["dx", "dy"]}}
     ),
-    "broken info": (lambda root: truncate(root / "meta/info.json"), ["meta/info.json cannot be read", "expected JSON"]),
-    "version 2.1": (
-        lambda root: edit_info(root, lambda info: info.update(codebase_version="v2.1")),
-        ["meta/info.json", "'v2.1'", "expected 'v3.0'", "convert_dataset_v21_to_v30"],
-    ),
-    "no fps": (lambda root: edit_info(root, lambda info: info.pop("fps")), ["meta/info.json lacks ['fps']", REPAIR]),
-    "no episodes": (
-        lambda root: shutil.rmtree(root / "meta/episodes"),
-        ["meta/episodes has no episode", "expected at least 1", REPAIR],
-    ),
-    "empty episodes": (
-        lambda root: pq.write_table(pq.ParquetFile(root / EPISODES).read().slice(0, 0), root / EPISODES),
-        ["meta/episodes has no episode"],
-    ),
-    "episode missing": (
-        lambda root: pq.write_table(pq.ParquetFile(root / EPISODES).read().take([0, 2]), root / EPISODES),
-        ["meta/episodes", "episode 2 has frames 7 to 9", "expected episode 1, from frame 4", REPAIR],
-    ),
-    "episodes overlap": (
-        lambda root: edit_columns(root / EPISODES, dataset_from_index=[0, 3, 7]),
-        ["meta/episodes", "episode 1 has frames 3 to 7", "expected episode 1, from frame 4", REPAIR],
-    ),
-    "data file missing": (lambda root: (root / DATA).unlink(), [DATA, "is missing or unreadable", REPAIR]),
-    "data file truncated": (lambda root: truncate(root / DATA), [DATA, "is missing or unreadable", REPAIR]),
-    "tasks missing": (lambda root: (root / "meta/tasks.parquet").unlink(), ["tasks.parquet is missing", REPAIR]),
-    "column missing": (
-        lambda root: edit_columns(root / DATA, observation_images_gripper=None, task_index=None),
-        [DATA, "lacks the columns ['observation.images.gripper', 'task_index']", REPAIR],
-    ),
-    "total_frames": (
-        lambda root: edit_info(root, lambda info: info.update(total_frames=10)),
-        ["'info.json': 10, 'episodes': 9, 'data': 9", "expected one number", REPAIR],
-    ),
-    "rows missing": (
-        lambda root: pq.write_table(pq.ParquetFile(root / DATA).read().slice(0, 8), root / DATA),
-        ["'info.json': 9, 'episodes': 9, 'data': 8"],
-    ),
-    "state dimension": (
-        with_features(state={"shape": [4]}),
-        [DATA, "observation.state has [3] numbers a frame", "expected 4 as in meta/info.json", REPAIR],
-    ),
-    "action dimension": (
-        with_row("action", 5, [0.0, 0.0, 0.0]),
-        [DATA, "action has [2, 3] numbers a frame", "expected 2 as in meta/info.json"],
-    ),
-    "no state": (
-        lambda root: edit_info(root, lambda info: info["features"].pop("observation.state")),
-        ["meta/info.json", "'observation.state' is only ['action', 'episode_index'", "expected a feature of shape [D]"],
-    ),
-    "NaN": (
-        with_row("observation.state", 5, [0.0, float("nan"), 0.0]),
-        [f"{DATA}: episode 1, frame 1: observation.state is [ 0. nan  0.], expected finite numbers", REPAIR],
-    ),
-    "Inf": (
-        with_row("action", 8, [float("inf"), 0.0]),
-        [f"{DATA}: episode 2, frame 1: action is [inf  0.], expected finite numbers", REPAIR],
-    ),
-    "null": (with_row("action", 8, None), [DATA, "action has [2, None] numbers a frame", "expected 2"]),
-    "rows of another episode": (
-        with_row("episode_index", 4, 0),
-        [f"{DATA}: episode 1, frame 0: episode_index is 0, expected the episode that meta/episodes has here", REPAIR],
-    ),
-    "rows out of order": (
-        with_row("frame_index", 2, 3),
-        [f"{DATA}: episode 0, frame 2: frame_index is 3, expected 0, 1, 2, ... in each episode", REPAIR],
-    ),
-    "unknown task": (
-        with_row("task_index", 6, 2),
-        [f"{DATA}: episode 1, frame 2: task_index is 2, expected one of the 2 of meta/tasks.parquet", REPAIR],
-    ),
-    "empty instruction": (
-        lambda root: edit_columns(root / "meta/tasks.parquet", task=["task 0", " "]),
-        ["meta/tasks.parquet: task_index 1 has instruction ' ', expected words", REPAIR],
-    ),
-    "no instructions": (
-        lambda root: edit_columns(root / "meta/tasks.parquet", task=None),
-        ["meta/tasks.parquet: task_index 0 has instruction None, expected words"],
-    ),
-    "no camera": (
-        lambda root: edit_info(root, without_cameras),
-        ["has cameras []", "expected at least one", "data.cameras"],
-    ),
-    "video": (
-        with_features(gripper={"dtype": "video"}),
-        ["camera 'gripper' is 'video'", "expected 'image' (PNG in parquet)", "data.cameras"],
-    ),
-    "depth": (with_features(table={"shape": [1, 6, 8]}), ["camera 'table'", "shape [1, 6, 8]", "with 3 channels"]),
+    "tasks unnamed": tasks_unnamed_and_in_another_order,
+    "unknown keys": more_keys_and_columns,
+    "row groups of five": row_groups_of_five,
+    "episodes in two files": episodes_in_two_files,
+    "no video_path": without_video_path,
+    "float64 lists of any length": retyped("observation.state", pa.list_(pa.float64())),
+    "large lists": retyped("action", pa.large_list(pa.float32())),
+    "int32 indices": retyped("episode_index", pa.int32()),
+    "float64 timestamps": retyped("timestamp", pa.float64()),
+    "fps as a float": lambda root: edit_info(root, lambda info: info.update(fps=10.0)),
 }
 
 
-@pytest.mark.parametrize("wrong", WRONG_SETS)
-def test_wrong_data_set_is_refused_at_opening_with_found_expected_and_cure(root, wrong):
-    plant, told = WRONG_SETS[wrong]
-    plant(root)
+@pytest.mark.parametrize("odd", ODD_SETS)
+def test_sets_of_other_writers_are_read_alike(root, odd):
+    ODD_SETS[odd](root)
+    data = LeRobotDataset(root)
+    numbers_equal(data, made_up())
+    np.testing.assert_array_equal(data.images(ALL), images_of(made_up()))
+    assert (data.image_size, data.instructions) == ((16, 32), ["task 0", "task 1"])
+    assert (data.state_names, data.action_names) == (("x", "y", "z"), ("dx", "dy"))
+
+
+def test_lines_of_v21_metadata_may_come_in_any_order(png, tmp_path):
+    root = as_v21(png, tmp_path / "older")
+    for name in ("episodes", "tasks"):
+        write_lines(root / f"meta/{name}.jsonl", read_lines(root / f"meta/{name}.jsonl")[::-1])
+    data = LeRobotDataset(root)
+    numbers_equal(data, made_up())
+    np.testing.assert_array_equal(numbers(data.images(ALL)), SHOWN)
+    assert (data.episode_numbers.tolist(), data.instructions) == ([0, 1, 2, 3], ["task 0", "task 1"])
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint8, np.bool_, np.float16])
+def test_numbers_of_any_type_become_float32(root, dtype):
+    whole = np.arange(2 * F).reshape(F, 2) * 1234567 if dtype == np.int64 else np.arange(2 * F).reshape(F, 2) % 3
+    whole = whole.astype(dtype)
+    features(state={"shape": [1], "names": None})(root)
+    edit_columns(root / DATA, {"action": list(whole), "observation.state": whole[:, 1]})
+    data = LeRobotDataset(root)
+    np.testing.assert_array_equal(data.actions, whole.astype(np.float32))
+    np.testing.assert_array_equal(data.state, whole[:, 1:].astype(np.float32))
+
+
+@pytest.mark.parametrize("names", [None, [], ["x", "y"], {"x": 0, "y": 1, "z": 2}])
+def test_numbers_without_a_name_for_each_are_named_by_their_feature(root, names):
+    features(state={"names": names})(root)
+    expected = tuple(f"observation.state_{i}" for i in range(3))
+    assert LeRobotDataset(root).state_names == expected
+
+
+@pytest.mark.parametrize("stored", ["numbers", "lists of one"])
+def test_single_number_state_and_action_are_read(tmp_path, stored):
+    episodes = made_up(cameras=("top",), state_dim=1, action_dim=1)
+    root = write(tmp_path / "set", episodes)
+    if stored == "lists of one":
+        edit_columns(root / DATA, {"action": [[value] for value in column(root / DATA, "action")]})
+    data = LeRobotDataset(root)
+    assert (data.state.shape, data.actions.shape, data.state_names) == ((F, 1), (F, 1), ("x",))
+    numbers_equal(data, episodes)
+
+
+def renamed(root, names):
+    """Give features of a set whose images lie in parquet other names."""
+
+    def change(info):
+        info["features"] = {names.get(key, key): value for key, value in info["features"].items()}
+
+    edit_info(root, change)
+    table = pq.ParquetFile(root / DATA).read()
+    pq.write_table(table.rename_columns([names.get(name, name) for name in table.column_names]), root / DATA)
+
+
+def test_features_are_found_by_other_conventions_too(root):
+    names = {"observation.state": "state", "action": "actions"}
+    renamed(root, names | {"observation.images.table": "image", "observation.images.wrist": "observation.image.wrist"})
+    data = LeRobotDataset(root)
+    numbers_equal(data, made_up())
+    assert data.cameras == ("image", "wrist")
+    np.testing.assert_array_equal(numbers(data.images(ALL)), SHOWN)
+
+
+def test_features_of_any_name_are_joined_as_they_are_named(root):
+    gripper, (state, actions) = (
+        np.arange(F, dtype=np.float32) / 8,
+        (np.concatenate([episode[name] for episode in made_up()]) for name in ("state", "actions")),
+    )
+    renamed(root, {"observation.state": "arm", "action": "command"})
+    edit_info(root, lambda info: info["features"].update(gripper={"dtype": "float32", "shape": [1], "names": None}))
+    edit_columns(root / DATA, {"gripper": gripper})
+    with pytest.raises(InputError, match=r"'observation.state' is not among \['arm', .*expected numbers .*data.state"):
+        LeRobotDataset(root)
+    data = LeRobotDataset(root, state=("gripper", "arm"), action=("command", "gripper"))
+    assert (data.state_names, data.action_names) == (("gripper_0", "x", "y", "z"), ("dx", "dy", "gripper_0"))
+    np.testing.assert_array_equal(data.state, np.column_stack([gripper, state]))
+    np.testing.assert_array_equal(data.actions, np.column_stack([actions, gripper]))
+    one = LeRobotDataset(root, state=("arm",), action=("arm",))
+    np.testing.assert_array_equal(one.state, one.actions)
+
+
+@pytest.mark.parametrize("info", ["info", "video_info"])
+@pytest.mark.parametrize("key", ["video.is_depth_map", "is_depth_map"])
+def test_depth_maps_are_left_out(h264, tmp_path, info, key):
+    root = copy(h264, tmp_path / "set")
+    features(wrist={"info": None, info: {key: True}})(root)
+    next((root / "videos").glob("*wrist*/*/*.mp4")).unlink()
+    data = LeRobotDataset(root)
+    assert data.cameras == ("table",)
+    np.testing.assert_array_equal(numbers(data.images(ALL)), SHOWN[:, :1])
+
+
+def test_cameras_of_different_size_are_refused_unless_one_is_chosen_or_all_are_brought_to_one(tmp_path):
+    root = write(tmp_path / "set", made_up(size={"table": (16, 32), "wrist": (24, 24)}))
     with pytest.raises(InputError) as refusal:
         LeRobotDataset(root)
-    for text in [str(root), *told]:
+    for text in ("'table': (16, 32)", "'wrist': (24, 24)", "expected one size", "--data.image_size", "--data.cameras"):
         assert text in str(refusal.value)
-    assert not list(root.glob(".frames*"))
+    assert LeRobotDataset(root, cameras=("wrist",)).image_size == (24, 24)
+    data = LeRobotDataset(root, image_size=(16, 32))
+    images = data.images(ALL)
+    np.testing.assert_array_equal(images[:, 0], images_of(made_up(cameras=("table",)))[:, 0])  # of that size already
+    assert numbers(images[:, 1, :, :, 8:24]).tolist() == SHOWN[:, 1].tolist()  # 16 x 16, in the middle
+
+
+@pytest.mark.parametrize(
+    ("size", "inside"),
+    [
+        ((16, 32), (slice(0, 16), slice(8, 24))),  # pillars left and right
+        ((48, 24), (slice(12, 36), slice(0, 24))),  # bars above and below
+        ((12, 12), (slice(0, 12), slice(0, 12))),  # smaller
+        ((7, 9), (slice(0, 7), slice(1, 8))),
+    ],
+)
+@pytest.mark.parametrize("cache", ["disk", "none"])
+def test_resized_pictures_keep_their_aspect_and_are_black_around(tmp_path, size, inside, cache):
+    def plain(number, size):
+        return np.full((3, *size), np.reshape([250, 120, 10 + number], (3, 1, 1)), np.uint8)
+
+    root = write(tmp_path / "set", made_up(cameras=("table",), size=(24, 24), draw=plain))
+    images = LeRobotDataset(root, image_size=size, cache=cache).images(ALL)[:, 0]
+    expected = np.zeros((F, 3, *size), np.uint8)
+    rows, columns = inside
+    for number, image in enumerate(expected):
+        image[:, rows, columns] = plain(number, (1, 1))
+    np.testing.assert_array_equal(images, expected)
+
+
+def test_numbers_are_mapped_not_held_and_a_data_set_travels_to_workers_as_paths(tmp_path):
+    root = write(tmp_path / "set", made_up((400, 600), cameras=("top",), size=(2, 4), draw=noise))
+    data = LeRobotDataset(root)
+    for values in (data.state, data.actions, data.task_index):
+        assert isinstance(values, np.memmap)
+        assert not values.flags.writeable
+    sent = pickle.dumps(data)
+    assert len(sent) < data.state.nbytes / 2
+    np.testing.assert_array_equal(pickle.loads(sent).actions, data.actions)
+
+
+def left_behind(root):
+    """What opening a data set has made in its folder, and when."""
+    return {path: path.stat().st_mtime_ns for path in sorted((root / ".vla_cache").rglob("*.*"))}
+
+
+def test_index_is_made_once_and_again_when_a_file_changes_even_in_place(root):
+    LeRobotDataset(root)
+    before = left_behind(root)
+    LeRobotDataset(root)
+    assert left_behind(root) == before
+
+    (path,), content = root.glob("data/*/*"), (root / DATA).read_bytes()
+    old = made_up()[2]["actions"][1, :1]
+    assert content.count(old.tobytes()) == 1
+    path.write_bytes(content.replace(old.tobytes(), np.float32(0.125).tobytes()))
+    assert path.stat().st_size == len(content)
+    data = LeRobotDataset(root)
+    assert data.actions[8, 0] == 0.125
+    assert set(before) < set(left_behind(root))
+
+    (root / "meta/tasks.parquet").write_bytes((root / "meta/tasks.parquet").read_bytes().replace(b"task 1", b"taste1"))
+    assert LeRobotDataset(root).instructions == ["task 0", "taste1"]
+
+
+def test_index_and_pictures_lie_in_the_folder_asked_for(root, tmp_path):
+    data = LeRobotDataset(root, cache_dir=tmp_path / "fast/disk")
+    numbers_equal(data, made_up())
+    assert not (root / ".vla_cache").exists()
+    assert len(list((tmp_path / "fast/disk").glob("*/frames.npy"))) == 2
+
+
+def swapped_images(root):
+    images = column(root / DATA, "observation.images.wrist")
+    edit_columns(root / DATA, {"observation.images.wrist": [*images[1::-1], *images[2:]]})
+
+
+def another_packet(root):
+    (path,) = root.glob("videos/*wrist/*/*.mp4")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DIFFERENT = {
+    "an action": ("h264", lambda root: edit_columns(root / DATA, {"action": [[0.5 * i, 1.0 - i] for i in range(F)]})),
+    "a state": ("h264", lambda root: edit_value(root / DATA, "observation.state", 5, [0.0, 1.0, 2.0])),
+    "a task": ("h264", lambda root: edit_value(root / DATA, "task_index", 0, 1)),
+    "an instruction": ("h264", lambda root: edit_value(root / "meta/tasks.parquet", "task", 0, "another")),
+    "names": ("h264", features(action={"names": ["left", "right"]})),
+    "an image": ("png", swapped_images),
+    "a video": ("h264", another_packet),
+}
+
+
+@pytest.mark.parametrize("different", DIFFERENT)
+def test_digest_follows_the_content_and_not_the_place(png, h264, tmp_path, different):
+    base, change = DIFFERENT[different]
+    root = {"png": png, "h264": h264}[base]
+    original = LeRobotDataset(root, cache="none").digest
+    other = copy(root, tmp_path / "copy")
+    assert LeRobotDataset(other, cache="none").digest == original
+    change(other)
+    assert LeRobotDataset(other, cache="none").digest != original
+
+
+@pytest.mark.parametrize(
+    ("cameras", "told"),
+    [
+        (("table", "front"), ["['table', 'wrist']", "expected ['table', 'front']", "--data.cameras"]),
+        (("front",), ["['table', 'wrist']", "expected ['front']"]),
+    ],
+)
+def test_unknown_camera_is_refused_with_those_there_are(root, cameras, told):
+    with pytest.raises(InputError) as refusal:
+        LeRobotDataset(root, cameras=cameras)
+    for text in (str(root), *told):
+        assert text in str(refusal.value)
+
+
+def test_two_cameras_of_one_name_are_refused(root):
+    renamed(root, {"observation.images.wrist": "table"})
+    cure = "rename one, such as --data.camera_map observation.images.table=other"
+    with pytest.raises(InputError, match=rf"have names in common, \['table'\]: {cure}"):
+        LeRobotDataset(root)
+    data = LeRobotDataset(root, rename={"observation.images.table": "other"})
+    assert data.cameras == ("other", "table")
+    np.testing.assert_array_equal(numbers(data.images(ALL)), SHOWN)
+
+
+def page(root, capsys, **options):
+    """What `info` prints, line by line."""
+    capsys.readouterr()
+    command.main(command.Options("info", str(root), **options))
+    return capsys.readouterr().out.splitlines()
+
+
+def test_info_tells_episodes_frames_hours_tasks_and_cameras(tmp_path, capsys):
+    episodes = made_up((900, 100, 500, 2100), size=(2, 4), draw=noise)
+    for episode, instruction in zip(episodes, ["close", "open", "never", "open"], strict=True):
+        episode["instruction"] = instruction
+    root = write(tmp_path / "set", episodes, fps=20)
+    # An episode's task is that of its first frame, here the second task in all but the first episode.
+    edit_columns(root / DATA, {"task_index": [0] * 900 + [1] + [0] * 99 + [1] + [2] * 499 + [1] * 2100})
+    assert page(root, capsys)[:9] == [
+        f"{root}: LeRobot v3.0, robot arm",
+        "episodes   4 of 100 to 2,100 frames, median 700",
+        "frames     3,600 at 20 Hz, 0.05 hours",
+        "tasks      3, and the episodes of each",
+        "                3  open",
+        "                1  close",
+        "                0  never",
+        "camera     table: 2 x 4, images (observation.images.table)",
+        "camera     wrist: 2 x 4, images (observation.images.wrist)",
+    ]
+
+
+def test_info_names_the_most_frequent_tasks_only(tmp_path, capsys):
+    episodes = made_up((1,) * 50, cameras=("top",))
+    for number, episode in enumerate(episodes):
+        episode["instruction"] = f"task {number % 30}"
+    lines = page(write(tmp_path / "set", episodes), capsys)
+    tasks = next(number for number, line in enumerate(lines) if line.startswith("tasks"))
+    assert lines[tasks] == "tasks      30, and the episodes of the most frequent"
+    assert lines[tasks + 1 : tasks + 21] == [f"                2  task {number}" for number in range(20)]
+    assert lines[tasks + 21].startswith("camera")
+
+
+def test_info_tells_the_range_of_each_dimension(tmp_path, capsys):
+    episodes = made_up((300, 400), cameras=("top",), size=(2, 4), draw=noise)
+    lines = page(write(tmp_path / "set", episodes), capsys)
+    for title, key, names in (("state", "state", "xyz"), ("action", "actions", ("dx", "dy"))):
+        head = next(number for number, line in enumerate(lines) if line.startswith(title))
+        assert lines[head].split() == [title, "min", "1", "%", "mean", "99", "%", "max", "std"]
+        values = np.concatenate([episode[key] for episode in episodes]).astype(float)
+        for line, name, series in zip(lines[head + 1 :], names, values.T, strict=False):
+            low, high = np.quantile(series, [0.01, 0.99])
+            expected = [series.min(), low, series.mean(), high, series.max(), series.std()]
+            assert line.split()[0] == name
+            np.testing.assert_allclose([float(number) for number in line.split()[1:]], expected, rtol=1e-3, atol=1e-6)
+
+
+# Lengths of episodes, and for each bar the frames from and to, and the episodes.
+HISTOGRAMS = {
+    (7, 7, 7): [(7, 7, 3)],
+    (3, 4, 4, 6): [(3, 3, 1), (4, 4, 2), (5, 5, 0), (6, 6, 1)],
+    (1, 10, 10): [(length, length, {1: 1, 10: 2}.get(length, 0)) for length in range(1, 11)],
+    (1, 10, 11, 20, 20): [(low, low + 1, {1: 1, 9: 1, 11: 1, 19: 2}.get(low, 0)) for low in range(1, 20, 2)],
+    (4, 25): [(4, 6, 1), (7, 9, 0), (10, 12, 0), (13, 15, 0), (16, 18, 0), (19, 21, 0), (22, 24, 0), (25, 25, 1)],
+}
+
+
+@pytest.mark.parametrize("lengths", HISTOGRAMS, ids=str)
+def test_info_counts_the_episodes_of_each_length(tmp_path, capsys, lengths):
+    lines = page(write(tmp_path / "set", made_up(lengths, cameras=("top",), size=(2, 4), draw=noise)), capsys)
+    head = lines.index("lengths    frames            episodes")
+    most = max(count for _, _, count in HISTOGRAMS[lengths])
+    for line, (low, high, count) in zip(lines[head + 1 :], HISTOGRAMS[lengths], strict=True):
+        frames, bar = f"{low:6} to {high:6}" if high > low else f"{low:6}", "█" * round(40 * count / most)
+        assert line == f"           {frames:16}  {count:8}  {bar}".rstrip()
+
+
+def test_info_reads_what_it_is_told_and_counts_faults(root, capsys):
+    edit_columns(root / DATA, {"timestamp": np.arange(F)})
+    lines = page(root, capsys, cameras=("wrist",), state=("action",))
+    assert [line for line in lines if line.startswith("camera")] == [
+        "camera     wrist: 16 x 32, images (observation.images.wrist)"
+    ]
+    assert [line.split()[0] for line in lines if " to " not in line].count("dx") == 2
+    assert lines[-1] == f"faults     4 or more: python -m vla.data check {root} lists them"

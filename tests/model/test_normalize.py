@@ -8,12 +8,20 @@ from vla.model.normalize import Normalizer
 
 MODES = {"mean_std": ("mean", "std"), "min_max": ("min", "max"), "quantile": ("q01", "q99")}
 VALUES = np.random.default_rng(0).gamma(2.0, [0.01, 1.0, 300.0], (500, 3)) - [0.0, 5.0, 100.0]  # skewed, far apart
+OTHERS = np.random.default_rng(1).gamma(2.0, [70.0, 0.1], (500, 2))  # of a robot with a dimension less
 
 
-def normalizer(mode, values=VALUES):
-    norm = Normalizer(values.shape[1], mode)
-    norm.set_statistics(statistics(values))
+def normalizer(mode, *robots):
+    """Of the data set of each robot, named a, b, …"""
+    robots = robots or (VALUES,)
+    norm = Normalizer({name: values.shape[1] for name, values in zip("abc", robots, strict=False)}, mode)
+    norm.set_statistics([statistics(values) for values in robots])
     return norm
+
+
+def scale(mode, values=VALUES):
+    """Of any number of samples of one data set."""
+    return normalizer(mode, values).of(torch.tensor([0]))
 
 
 def tensor(values):
@@ -21,17 +29,17 @@ def tensor(values):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_inverse_undoes_the_map_for_any_leading_dimensions(mode):
-    norm, x = normalizer(mode), tensor(VALUES).view(5, 100, 3)
-    scaled = norm(x)
+def test_inverse_undoes_the_map_for_any_number_of_steps(mode):
+    own, x = scale(mode), tensor(VALUES).view(5, 100, 3)
+    scaled = own.normalize(x)
     assert scaled.shape == x.shape
     span = tensor(np.ptp(VALUES, axis=0))
-    assert ((norm.inverse(scaled) - x).abs() / span).max() < 1e-6
-    assert torch.equal(norm(x[2, 3]), scaled[2, 3])
+    assert ((own.inverse(scaled) - x).abs() / span).max() < 1e-6
+    assert torch.equal(own.normalize(x[2:3, 3:4])[0, 0], scaled[2, 3])
 
 
 def test_mean_and_deviation_become_zero_and_the_unit():
-    scaled = normalizer("mean_std")(tensor(VALUES))
+    scaled = scale("mean_std").normalize(tensor(VALUES)[:, None])[:, 0]
     torch.testing.assert_close(scaled.mean(0), torch.zeros(3), rtol=0, atol=1e-5)
     torch.testing.assert_close(scaled.std(0, correction=0), torch.ones(3), rtol=1e-5, atol=0)
 
@@ -39,11 +47,10 @@ def test_mean_and_deviation_become_zero_and_the_unit():
 @pytest.mark.parametrize(("mode", "quantiles"), [("min_max", (0, 1)), ("quantile", (0.01, 0.99))])
 def test_bounds_become_minus_one_and_one(mode, quantiles):
     low, high = np.quantile(VALUES, quantiles, axis=0)
-    norm = normalizer(mode)
-    torch.testing.assert_close(norm(tensor(low)), -torch.ones(3), rtol=0, atol=1e-5)
-    torch.testing.assert_close(norm(tensor(high)), torch.ones(3), rtol=0, atol=1e-5)
-    torch.testing.assert_close(norm(tensor((low + high) / 2)), torch.zeros(3), rtol=0, atol=1e-5)
-    inside = (normalizer(mode)(tensor(VALUES)).abs() <= 1 + 1e-6).float().mean()
+    bounds = scale(mode).normalize(tensor(np.stack([low, high, (low + high) / 2]))[:, None])[:, 0]
+    expected = torch.tensor([-1.0, 1.0, 0.0])[:, None].expand(3, 3)
+    torch.testing.assert_close(bounds, expected, rtol=0, atol=1e-5)
+    inside = (scale(mode).normalize(tensor(VALUES)[:, None]).abs() <= 1 + 1e-6).float().mean()
     assert inside == 1 if mode == "min_max" else 0.97 < inside < 1  # outliers are not cut off
 
 
@@ -51,38 +58,69 @@ def test_bounds_become_minus_one_and_one(mode, quantiles):
 @pytest.mark.parametrize("constant", [0.0, 1.0, -1234.5])
 def test_dimension_that_does_not_vary_is_only_shifted(mode, constant):
     values = np.stack([VALUES[:, 1], np.full(500, constant)], axis=1)
-    norm = normalizer(mode, values)
-    assert (norm(tensor(values))[:, 1] == 0).all()
-    assert norm(tensor([0.0, constant + 0.5]))[1] == 0.5  # a robot that moves it after all is told so, not a million
-    assert norm.inverse(torch.zeros(2))[1] == constant
-    torch.testing.assert_close(norm(tensor(values))[:, 0], normalizer(mode)(tensor(VALUES))[:, 1])
+    own, every = scale(mode, values), tensor(VALUES)[None]
+    assert (own.normalize(tensor(values)[None])[..., 1] == 0).all()
+    moved = own.normalize(tensor([[[0.0, constant + 0.5]]]))
+    assert moved[0, 0, 1] == 0.5  # a robot that moves it after all is told so, not a million
+    assert own.inverse(torch.zeros(1, 1, 2))[0, 0, 1] == constant
+    torch.testing.assert_close(own.normalize(tensor(values)[None])[..., 0], scale(mode).normalize(every)[..., 1])
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_smallest_and_largest_value_are_kept_beside_the_scale(mode):
     norm = normalizer(mode)
-    assert torch.equal(norm.low, tensor(VALUES.min(0)))
-    assert torch.equal(norm.high, tensor(VALUES.max(0)))
+    assert torch.equal(norm.low, tensor(VALUES.min(0))[None])
+    assert torch.equal(norm.high, tensor(VALUES.max(0))[None])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_each_sample_is_scaled_as_its_own_data_set_alone_would_be(mode):
+    pair, x = normalizer(mode, VALUES, OTHERS), tensor(np.random.default_rng(2).normal(size=(5, 4, 3)))
+    which = torch.tensor([0, 1, 1, 0, 1])
+    scaled, restored = pair.of(which).normalize(x), pair.of(which).inverse(x)
+    for row, place in enumerate(which.tolist()):
+        values = (VALUES, OTHERS)[place]
+        dims, alone = values.shape[1], scale(mode, values)
+        assert torch.equal(scaled[row, :, :dims], alone.normalize(x[row : row + 1, :, :dims])[0])
+        assert torch.equal(restored[row, :, :dims], alone.inverse(x[row : row + 1, :, :dims])[0])
+        for name in ("low", "high"):
+            assert torch.equal(getattr(pair.of(which), name)[row, :, :dims], getattr(alone, name)[0])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("value", [3.0, -1e30, torch.inf, torch.nan])
+def test_dimension_that_a_data_set_lacks_is_zero_whatever_stands_there(mode, value):
+    pair = normalizer(mode, VALUES, OTHERS)
+    own = pair.of(torch.tensor([1, 0]))
+    assert own.real.tolist() == [[[True, True, False]], [[True, True, True]]]
+    assert [getattr(pair, name)[1, 2].item() for name in ("offset", "scale", "low", "high")] == [0, 1, 0, 0]
+    x = torch.full((2, 4, 3), value)
+    assert (own.normalize(x)[0, :, 2] == 0).all()
+    assert (own.inverse(x)[0, :, 2] == 0).all()
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_without_statistics_it_refuses_to_act(mode):
-    norm = Normalizer(3, mode)
-    assert all(buffer.isnan().all() for buffer in norm.buffers())
+    norm = Normalizer({"a": 3, "b": 2}, mode)
+    assert all(buffer.isnan().all() for buffer in norm.state_dict().values())
     with pytest.raises(InputError, match="no normalization statistics"):
         norm.require()
-    norm.set_statistics(statistics(VALUES))
+    norm.set_statistics([statistics(VALUES), statistics(OTHERS)])
     norm.require()
-    norm.high[1] = torch.nan  # a single value that is lost is enough
+    norm.high[1, 1] = torch.nan  # a single value that is lost is enough
     with pytest.raises(InputError, match="no normalization statistics"):
         norm.require()
 
 
 def test_statistics_travel_with_the_weights():
-    other = Normalizer(3, "quantile")
-    other.load_state_dict(normalizer("quantile").state_dict())
+    norm, other = normalizer("quantile", VALUES, OTHERS), Normalizer({"a": 3, "b": 2}, "quantile")
+    assert {name: tuple(value.shape) for name, value in norm.state_dict().items()} == dict.fromkeys(
+        ("offset", "scale", "low", "high"), (2, 3)
+    )
+    other.load_state_dict(norm.state_dict())
     other.require()
-    assert torch.equal(other(tensor(VALUES)), normalizer("quantile")(tensor(VALUES)))
+    which, x = torch.tensor([0, 1]), tensor(VALUES[:8]).view(2, 4, 3)
+    assert torch.equal(other.of(which).normalize(x), norm.of(which).normalize(x))
 
 
 @pytest.mark.parametrize(
@@ -90,7 +128,7 @@ def test_statistics_travel_with_the_weights():
 )
 @pytest.mark.parametrize("wrong", ["missing", "too few", "NaN"])
 def test_missing_or_wrong_statistics_are_refused_and_change_nothing(mode, name, wrong):
-    norm, given = normalizer(mode), statistics(VALUES * 2)
+    norm, given = normalizer(mode, OTHERS, VALUES), statistics(VALUES * 2)
     if wrong == "missing":
         del given[name]
     elif wrong == "too few":
@@ -98,15 +136,21 @@ def test_missing_or_wrong_statistics_are_refused_and_change_nothing(mode, name, 
     else:
         given[name][1] = np.nan
     before = {key: value.clone() for key, value in norm.state_dict().items()}
-    told = f"statistics lack '{name}'" if wrong == "missing" else f"statistic '{name}' .* expected 3 finite values"
+    told = f"statistics lack '{name}' of b" if wrong == "missing" else f"'{name}' of b has .* expected 3 finite values"
     with pytest.raises(InputError, match=told):
-        norm.set_statistics(given)
+        norm.set_statistics([statistics(OTHERS * 2), given])
     assert all(torch.equal(value, before[key]) for key, value in norm.state_dict().items())
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_statistics_of_another_number_of_data_sets_are_refused(count):
+    with pytest.raises(InputError, match=f"statistics of {count} data sets; expected those of a, b"):
+        normalizer("quantile", VALUES, OTHERS).set_statistics([statistics(VALUES)] * count)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_statistics_that_the_mode_does_not_use_may_be_missing(mode):
     wanted = {*MODES[mode], "min", "max"}
-    norm = Normalizer(3, mode)
-    norm.set_statistics({name: value for name, value in statistics(VALUES).items() if name in wanted})
+    norm = Normalizer({"a": 3}, mode)
+    norm.set_statistics([{name: value for name, value in statistics(VALUES).items() if name in wanted}])
     norm.require()

@@ -1,111 +1,274 @@
-"""The frame cache: each image of a data set decoded once, into one memory-mapped file for each camera.
+"""The pictures of one camera, at the size of training: decoded once into a cache, or as they are asked for.
 
-Training reads every image once an epoch, and decoding a PNG takes over ten times as long as reading its pixels.
-Dimensions: F frames of the data set, h and w of an image.
+Decoding a picture takes over ten times as long as reading its pixels, and training reads each of them once an epoch.
+Dimensions: E episodes, F frames of the data set, B batch, h and w of a picture in training, H and W in the data set.
 """
 
-import fcntl
 import hashlib
 import io
+import json
 import math
 import os
-import shutil
+from collections import OrderedDict, deque
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import torch
 from PIL import Image
 from tqdm import tqdm
 
 from vla import InputError
+from vla.data.cache import allocate, built, size_of
+from vla.data.faults import Fault
+from vla.data.index import Index, nearest
+from vla.data.layout import Layout
+from vla.data.video import OpenVideos
+from vla.images import resize_with_padding
+
+VERSION = 1  # of the files written here
+OPEN_FILES = 16  # of a camera in each process
+JOB = 512  # frames at least that one thread decodes in a row
 
 
-def cache_frames(
-    folder: Path, fingerprint: str, cameras: list[str], parquet_files: list[Path], shape: tuple[int, int, int, int]
-) -> list[Path]:
-    """Decode each camera's images into `folder/.frames-KEY/frames.npy`, uint8 [F, 3, h, w], unless that is there.
+class Broken(InputError):
+    """A picture that cannot be decoded."""
 
-    folder: is made if missing. fingerprint: identifies the data set's content and is part of KEY.
-    cameras: image columns of the parquet files, whose rows are the F frames in order. shape: (F, 3, h, w).
-    Returns the file of each camera. Of several processes that call this at once, one decodes and the others wait.
-    Raises InputError if the folder is not writable or too small, or an image is broken or of another size.
+    def __init__(self, fault: Fault):
+        super().__init__(f"{fault}: mend it, or give --data.skip_bad with --data.cache disk to leave out the episode")
+        self.fault = fault
+
+
+class Decoder:
+    """Pictures decoded as they are asked for, those of one file together.
+
+    layout, index: the data set. camera: its feature. size: (h, w) of training.
     """
-    keys = [hashlib.sha256(f"{fingerprint} {camera} {shape}".encode()).hexdigest()[:16] for camera in cameras]
-    done = [folder / f".frames-{key}" for key in keys]
-    if not all(cache.exists() for cache in done):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = open(folder / ".frames.lock", "w")  # noqa: SIM115
-        except OSError as error:
-            raise InputError(f"cannot write decoded images to {folder} ({error}): set --data.image_cache") from error
-        with lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # released by the kernel, however this process ends
-            _remove_unfinished(folder)  # what a killed build has left
-            missing = {cache: camera for cache, camera in zip(done, cameras, strict=True) if not cache.exists()}
-            needed, free = len(missing) * math.prod(shape), shutil.disk_usage(folder).free
-            if needed > free:
-                raise InputError(
-                    f"decoded images need {needed} bytes, {folder} has {free} free: set --data.image_cache"
-                )
+
+    def __init__(self, layout: Layout, index: Index, camera: str, size: tuple[int, int]):
+        self.layout, self.size = layout, size
+        self.ends = np.cumsum(layout.lengths)
+        self.video = layout.videos.get(camera)
+        self.files = self.video or layout.data
+        self.first_row = index.first_row
+        self.open = OpenVideos(OPEN_FILES) if self.video else _Parquet(camera, layout.image_size(camera))
+
+    def read(self, frames: np.ndarray, out: np.ndarray, rows: np.ndarray) -> None:
+        """Frame i goes to out[rows[i]]. frames, rows: int64 [B], out: uint8 [≥ B, 3, h, w].
+
+        Raises Broken if a picture cannot be decoded.
+        """
+        row = np.searchsorted(self.ends, frames, side="right")  # [B], the episode
+        within = frames - (self.ends - self.layout.lengths)[row]
+        of = self.files.of[row]
+        for file in np.unique(of):
+            chosen = np.flatnonzero(of == file)
+            path = self.layout.root / self.files.paths[file]
             try:
-                for cache, camera in missing.items():
-                    _build(cache, camera, parquet_files, shape)
-            finally:
-                _remove_unfinished(folder)
-    return [cache / "frames.npy" for cache in done]
+                for places, picture in self._decode(path, row[chosen], within[chosen]):
+                    out[rows[chosen[places]]] = self._fitted(picture)
+            except InputError as error:
+                broken = self._traced(path, row[chosen], within[chosen])
+                if broken is None:  # it was no picture's fault
+                    raise
+                raise broken from error
+
+    def _decode(self, path: Path, row: np.ndarray, within: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        if not self.video:
+            return self.open.read(path, self.first_row[row] + within)
+        video = self.open(path)
+        return video.read(nearest(video.times, self.video.start[row] + within / self.layout.fps))
+
+    def _fitted(self, picture: np.ndarray) -> np.ndarray:
+        """uint8 [3, H, W] -> [3, h, w]"""
+        if picture.shape[1:] == self.size:
+            return picture
+        return resize_with_padding(torch.from_numpy(picture)[None], self.size)[0].numpy()
+
+    def _traced(self, path: Path, row: np.ndarray, within: np.ndarray) -> Broken | None:
+        """Which of the frames is broken."""
+        for i in range(len(row)):
+            try:
+                deque(self._decode(path, row[[i]], within[[i]]), maxlen=0)
+            except InputError as error:
+                file = str(path.relative_to(self.layout.root))
+                return Broken(Fault(file, str(error).removeprefix(f"{path}: "), (int(self.layout.episodes[row[i]]),)))
+        return None
 
 
-def _build(cache: Path, camera: str, parquet_files: list[Path], shape: tuple[int, int, int, int]) -> None:
-    unfinished = cache.with_name(f"{cache.name}.partial")
-    unfinished.mkdir()
-    file = unfinished / "frames.npy"
-    pixels = np.lib.format.open_memmap(file, mode="w+", dtype=np.uint8, shape=shape)
-    with open(file, "r+b") as reserved:
-        # A write through the map to a block that the disk cannot give would kill the process with SIGBUS.
-        os.posix_fallocate(reserved.fileno(), 0, file.stat().st_size)
-    first, workers = 0, os.cpu_count()
-    with (
-        ThreadPoolExecutor(workers) as pool,  # threads suffice: Pillow lets go of the interpreter's lock to decode
-        tqdm(total=shape[0], desc=f"decoding {camera}", unit="frame", mininterval=1) as progress,
-    ):
-        for path in parquet_files:
-            with pq.ParquetFile(path) as parquet:
-                for group in range(parquet.num_row_groups):  # one in memory at a time
-                    pngs = pc.struct_field(parquet.read_row_group(group, [camera]).column(camera), "bytes")
-                    where = f"{path}, row group {group}, {camera}"
-                    decode = partial(_decode, pngs, pixels[first : first + len(pngs)], where)
-                    list(pool.map(decode, np.array_split(np.arange(len(pngs)), workers)))
-                    first += len(pngs)
-                    progress.update(len(pngs))
-    pixels.flush()
-    _fsync(file)
-    unfinished.rename(cache)
-    _fsync(cache.parent)
+class _Parquet:
+    """Pictures in parquet files: a row group, usually an episode, is read at once, and kept until the next."""
 
+    def __init__(self, camera: str, size: tuple[int, int]):
+        self.camera, self.size = camera, size
+        self.files: OrderedDict[Path, tuple[pq.ParquetFile, np.ndarray]] = OrderedDict()
+        self.last: tuple[Path, int] | None = None
+        self.encoded: pa.ChunkedArray | None = None
 
-def _decode(pngs: pa.ChunkedArray, pixels: np.ndarray, where: str, rows: np.ndarray) -> None:
-    h, w = pixels.shape[2:]
-    for row in rows:
+    def read(self, path: Path, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """rows: int64 [n] of the file. Yields as Video.read does."""
+        _, ends = self._opened(path)
+        if rows.max() >= ends[-1]:
+            raise InputError(f"{path}: row {rows.max()} is missing, it has {ends[-1]}")
+        group = np.searchsorted(ends, rows, side="right")
+        for g in np.unique(group).tolist():
+            self._load(path, g)
+            first = ends[g] - len(self.encoded)
+            for row in np.unique(rows[group == g]):
+                where = f"{path}: row {row}"
+                try:
+                    picture = Image.open(io.BytesIO(self.encoded[row - first].as_py())).convert("RGB")
+                except Exception as error:  # Pillow raises half a dozen types for a broken image
+                    raise InputError(f"{where}: no readable image of {self.camera} ({error})") from error
+                if (picture.height, picture.width) != self.size:
+                    found, expected = f"{picture.height} x {picture.width}", f"{self.size[0]} x {self.size[1]}"
+                    raise InputError(
+                        f"{where}: the image of {self.camera} is {found}, expected {expected} as in meta/info.json"
+                    )
+                yield rows == row, np.array(picture).transpose(2, 0, 1)
+
+    def _opened(self, path: Path) -> tuple[pq.ParquetFile, np.ndarray]:
+        """The file, and where its row groups end."""
+        if path not in self.files:
+            try:
+                parquet = pq.ParquetFile(path)
+            except (OSError, pa.ArrowException) as error:
+                raise InputError(f"{path}: missing or unreadable ({str(error).splitlines()[0]})") from error
+            lengths = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
+            self.files[path] = parquet, np.cumsum(lengths)
+            if len(self.files) > OPEN_FILES:
+                self.files.popitem(last=False)[1][0].close()
+        self.files.move_to_end(path)
+        return self.files[path]
+
+    def _load(self, path: Path, group: int) -> None:
+        if self.last == (path, group):
+            return
         try:
-            image = Image.open(io.BytesIO(pngs[row].as_py())).convert("RGB")
-        except Exception as error:  # Pillow raises half a dozen types for a broken image
-            raise InputError(f"{where}, row {row}: not a readable image ({error}): write the data set again") from error
-        if image.size != (w, h):
-            found = f"{image.height} x {image.width}"
-            raise InputError(f"{where}, row {row}: the image is {found}, expected {h} x {w} from meta/info.json")
-        pixels[row] = np.asarray(image).transpose(2, 0, 1)  # [3, h, w]
+            table = self._opened(path)[0].read_row_group(group, [self.camera], use_threads=False)
+        except (OSError, pa.ArrowException) as error:
+            raise InputError(f"{path}: row group {group} is unreadable ({str(error).splitlines()[0]})") from error
+        self.encoded, self.last = pc.struct_field(table.column(self.camera), "bytes"), (path, group)
 
 
-def _remove_unfinished(folder: Path) -> None:
-    for unfinished in folder.glob(".frames-*.partial"):
-        shutil.rmtree(unfinished)
+class Stored:
+    """Decoded pictures in a .npy file, or in memory: uint8 [F, 3, h, w]."""
+
+    def __init__(self, source: Path | np.ndarray):
+        self.source = source
+
+    def read(self, frames: np.ndarray, out: np.ndarray, rows: np.ndarray) -> None:
+        """Frame i goes to out[rows[i]]. frames, rows: int64 [B], out: uint8 [≥ B, 3, h, w]."""
+        if isinstance(self.source, np.ndarray):
+            for row, frame in zip(rows, frames, strict=True):
+                out[row] = self.source[frame]
+            return
+        # Not through the map: that is slower by half, and its pages would count as this process's memory.
+        try:
+            with open(self.source, "rb") as file:
+                np.lib.format.read_magic(file)
+                (_, *shape), _, _ = np.lib.format.read_array_header_1_0(file)
+                header, size = file.tell(), math.prod(shape)
+                for row, frame in zip(rows.tolist(), frames.tolist(), strict=True):
+                    if os.preadv(file.fileno(), [out[row]], header + frame * size) < size:
+                        raise ValueError(f"it ends before frame {frame}")
+        except (FileNotFoundError, ValueError) as error:
+            raise InputError(f"{self.source} is damaged ({error}): delete its folder, it is made again") from error
 
 
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+def open_frames(
+    *,
+    layout: Layout,
+    index: Index,
+    camera: str,
+    size: tuple[int, int],
+    skipped: np.ndarray,
+    cache: Literal["disk", "memory", "none"],
+    folder: Path,
+) -> tuple[Decoder | Stored, list[Fault]]:
+    """The pictures of a camera, and what is wrong with them, as far as they were decoded.
+
+    camera: its feature. size: (h, w) of training. skipped: rows in [0, E) of episodes that are left out; their
+    pictures are undefined. folder: holds the cache of decoded pictures (disk).
+    Raises InputError if there is no room for them.
+    """
+    if cache == "none":
+        return Decoder(layout, index, camera, size), []
+    shape = (index.num_frames, 3, *size)
+    what = f"decoded pictures of {camera}"
+    if cache == "memory":
+        free = _memory_available()
+        if math.prod(shape) > free:
+            cure = "give --data.cache disk or none, or a smaller --data.image_size"
+            raise InputError(f"{what} need {size_of(math.prod(shape))} of memory, {size_of(free)} are free: {cure}")
+        pictures = np.empty(shape, np.uint8)
+        return Stored(pictures), decode_all(layout, index, camera, size, skipped, pictures)
+    files = layout.videos.get(camera, layout.data).paths
+    made_from = [VERSION, camera, size, layout.episodes[skipped].tolist(), layout.stamp(files)]
+
+    def build(unfinished: Path) -> None:
+        pictures = allocate(unfinished / "frames.npy", np.uint8, shape)
+        faults = decode_all(layout, index, camera, size, skipped, pictures)
+        pictures.flush()
+        rows = [(fault.file, fault.text, fault.episodes) for fault in faults]
+        (unfinished / "faults.json").write_text(json.dumps(rows))
+
+    name = f"frames-{hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]}"
+    done = built(folder / name, build, math.prod(shape), what)
+    rows = json.loads((done / "faults.json").read_text())
+    return Stored(done / "frames.npy"), [Fault(file, text, tuple(episodes)) for file, text, episodes in rows]
+
+
+def _memory_available() -> int:
+    with open("/proc/meminfo") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+
+
+def decode_all(
+    layout: Layout,
+    index: Index,
+    camera: str,
+    size: tuple[int, int],
+    skipped: np.ndarray,
+    pictures: np.ndarray | None = None,
+) -> list[Fault]:
+    """Decode each episode that is not skipped, into pictures uint8 [F, 3, h, w] if given. Returns what is broken.
+
+    Threads suffice: the libraries let go of the interpreter's lock while they decode.
+    """
+    start, good = np.cumsum(layout.lengths) - layout.lengths, layout.lengths > 0
+    good[skipped] = False
+    files = layout.videos.get(camera, layout.data)
+    jobs: list[list[int]] = []
+    frames, file = JOB, -1
+    for row in np.flatnonzero(good).tolist():
+        if frames >= JOB or files.of[row] != file:
+            jobs.append([])
+            frames, file = 0, files.of[row]
+        jobs[-1].append(row)
+        frames += layout.lengths[row]
+    threads = os.cpu_count()
+    with (
+        ThreadPoolExecutor(threads) as pool,
+        tqdm(total=int(layout.lengths[good].sum()), desc=f"decoding {camera}", unit="frame", delay=1) as progress,
+    ):
+
+        def decode(rows: list[int]) -> list[Fault]:
+            decoder, faults = Decoder(layout, index, camera, size), []
+            for row in rows:
+                frames = np.arange(start[row], start[row] + layout.lengths[row])
+                shape = (len(frames), 3, *size)
+                out = np.empty(shape, np.uint8) if pictures is None else pictures[frames[0] : frames[-1] + 1]
+                try:
+                    decoder.read(frames, out, frames - frames[0])
+                except Broken as broken:
+                    faults.append(broken.fault)
+                progress.update(len(frames))
+            return faults
+
+        return [fault for faults in pool.map(decode, jobs) for fault in faults]

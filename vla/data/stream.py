@@ -6,119 +6,128 @@ slice of them. So one integer, the step, resumes a run, and any number of proces
 samples with the same keys.
 """
 
-import atexit
-import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from vla import InputError, keyed
 from vla.data.lerobot import LeRobotDataset
+from vla.data.mixture import Mixture
 from vla.data.stats import statistics
 
-ROUNDS = 6  # of the Feistel network
-HELD_OUT = 1 << 62  # held-out samples are keyed from here on, where no training position comes
+# Counters that keys are derived from. Training positions count up from 0; held-out samples from HELD_OUT; the orders
+# of epochs count down from EPOCHS, those of the next data set from DATASETS below.
+HELD_OUT, EPOCHS, DATASETS = 1 << 62, -1, 1 << 40
 
 
-def permute(index: Tensor, size: int, key: Tensor) -> Tensor:
-    """Shuffle: the place of each index in a pseudorandom permutation of range(size), one permutation for each key.
-
-    A Feistel network over the next power of four, walked until the result lies in range (Black and Rogaway, 2002),
-    so that no permutation is ever stored. index: int64 [B] in [0, size), key: int64 [B] -> int64 [B].
-    """
-    half = max(1, ((size - 1).bit_length() + 1) // 2)
-    mask = (1 << half) - 1
-
-    def shuffle(x: Tensor, key: Tensor) -> Tensor:
-        left, right = x >> half, x & mask
-        for turn in range(ROUNDS):
-            left, right = right, left ^ (keyed.mix(key + turn * size + right) & mask)
-        return left << half | right
-
-    result = shuffle(index, key)
-    while (outside := result >= size).any():
-        result[outside] = shuffle(result[outside], key[outside])
-    return result
-
-
-def split(episodes: int, val_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Hold out whole episodes. Returns training and validation episode numbers, int64, ascending.
+def split(episodes: np.ndarray, val_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Hold out whole episodes. Returns those to train on and those to validate on, int64, ascending.
 
     At least one episode is held out if val_fraction > 0. Raises InputError if none is left to train on.
     """
-    held_out = max(1, round(episodes * val_fraction)) if val_fraction > 0 else 0
-    if held_out >= episodes:
+    count = len(episodes)
+    held_out = max(1, round(count * val_fraction)) if val_fraction > 0 else 0
+    if held_out >= count:
         raise InputError(
-            f"the data set has {episodes} episodes and --data.val_fraction {val_fraction} would hold out {held_out}; "
+            f"the data set has {count} episodes and --data.val_fraction {val_fraction} would hold out {held_out}; "
             "record more, or give --data.val_fraction 0"
         )
-    order = permute(torch.arange(episodes), episodes, torch.full((episodes,), seed)).numpy()
-    return np.sort(order[held_out:]), np.sort(order[:held_out])
+    order = keyed.permute(torch.arange(count), count, torch.full((count,), seed)).numpy()
+    return np.sort(episodes[order[held_out:]]), np.sort(episodes[order[:held_out]])
 
 
-class Samples(Dataset):
-    """The frames of some episodes as training samples, fetched in whole batches by their positions.
+class Samples:
+    """The frames of some episodes of a mixture as training samples, fetched in whole batches by their positions.
 
-    With `shuffle` the positions are those of the endless training stream; without, position i is frame i of these
-    episodes. Batches are as VLAPolicy takes them, with position and key int64 [B].
+    episodes: of each data set, rows as in LeRobotDataset. With `shuffle` the positions are those of the endless
+    training stream; without, position i is frame i of these episodes. Batches are as VLAPolicy takes them, with
+    position and key int64 [B].
     """
 
     def __init__(
         self,
-        data: LeRobotDataset,
-        episodes: np.ndarray,
+        mixture: Mixture,
+        episodes: Sequence[np.ndarray],
         tokenize: Callable[[list[str]], tuple[Tensor, Tensor]],
         chunk_size: int,
         seed: int,
         shuffle: bool,
     ):
-        self.data, self.chunk_size, self.seed, self.shuffle = data, chunk_size, seed, shuffle
-        first = data.episode_from[episodes]
-        lengths = data.episode_to[episodes] - first
-        self.ends = np.cumsum(lengths)  # of each episode, in frames of these episodes
-        self.offset = first - (self.ends - lengths)  # from frames of these episodes to frames of the data set
-        self.tokens, self.token_mask = tokenize(data.instructions)  # [tasks, T]
+        self.mixture, self.chunk_size, self.seed, self.shuffle = mixture, chunk_size, seed, shuffle
+        self.parts = [_Part(data, rows) for data, rows in zip(mixture.datasets, episodes, strict=True)]
+        self.ends = torch.tensor([len(part) for part in self.parts]).cumsum(0)  # of each data set's frames
+        instructions = [data.instructions for data in mixture.datasets]
+        self.first_task = np.cumsum([0, *map(len, instructions)])
+        self.tokens, self.token_mask = tokenize([text for texts in instructions for text in texts])  # [tasks, T]
+        self.slots = [[mixture.cameras.index(camera) for camera in data.cameras] for data in mixture.datasets]
+        self.camera_mask = torch.zeros(len(self.parts), len(mixture.cameras), dtype=torch.bool)  # [K, N]
+        for mask, slots in zip(self.camera_mask, self.slots, strict=True):
+            mask[slots] = True
 
     def __len__(self) -> int:
-        return int(self.ends[-1]) if len(self.ends) else 0
+        return int(self.ends[-1])
 
-    def frames(self, position: Tensor) -> np.ndarray:
-        """Frame numbers of the data set at these positions. int64 [B] -> int64 [B]."""
-        index = position
+    def frames(self, position: Tensor) -> tuple[Tensor, np.ndarray]:
+        """The data set at each of these positions, and the frame number in it. int64 [B] -> int64 [B], int64 [B]."""
         if self.shuffle:
-            epoch = position // len(self)
-            index = permute(position % len(self), len(self), keyed.derive(self.seed, -1 - epoch))
-        index = index.numpy()
-        episode = np.searchsorted(self.ends, index, side="right")
-        return index + self.offset[episode]
+            dataset, index = self.mixture.draw(position, self.seed)
+        else:
+            dataset = torch.searchsorted(self.ends, position, right=True)
+            index = position - torch.nn.functional.pad(self.ends, (1, 0))[dataset]
+        frames = np.empty(len(position), dtype=np.int64)
+        for k, part in enumerate(self.parts):
+            own = index[chosen := dataset == k]
+            if self.shuffle and len(own):
+                epoch = own // len(part)
+                own = keyed.permute(own % len(part), len(part), keyed.derive(self.seed, EPOCHS - epoch - k * DATASETS))
+            frames[chosen.numpy()] = part.frames(own.numpy())
+        return dataset, frames
 
     def describe(self, positions: list[int]) -> str:
-        """Where the samples at these positions of the stream lie in the data set."""
-        frames = self.frames(torch.tensor(positions))
-        episodes = np.searchsorted(self.data.episode_to, frames, side="right")
-        named = [
-            f"position {position} (frame {frame - self.data.episode_from[episode]} of episode {episode})"
-            for position, frame, episode in zip(positions, frames, episodes, strict=True)
-        ]
+        """Where the samples at these positions of the stream lie in the data."""
+        named = []
+        for position, dataset, frame in zip(positions, *self.frames(torch.tensor(positions)), strict=True):
+            data = self.mixture.datasets[dataset]
+            row = np.searchsorted(data.episode_to, frame, side="right")
+            where = f"frame {frame - data.episode_from[row]} of episode {data.episode_numbers[row]}"
+            named.append(f"position {position} ({where}{f' of {data.name}' if len(self.parts) > 1 else ''})")
         return ", ".join(named[:4]) + (f" and {len(named) - 4} more" if len(named) > 4 else "")
 
-    def statistics(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """Of the states and of the actions of these frames, and of no others (see vla.data.stats)."""
-        index = np.arange(len(self))
-        frames = index + self.offset[np.searchsorted(self.ends, index, side="right")]
-        return statistics(self.data.state[frames]), statistics(self.data.actions[frames])
+    def statistics(self) -> list[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]:
+        """For each data set, of the states and of the actions of these frames and of no others (see vla.data.stats)."""
+        return [part.statistics() for part in self.parts]
 
-    def __getitems__(self, positions) -> dict[str, Tensor]:
+    @property
+    def image_shape(self) -> tuple[int, int, int, int]:
+        """[N, 3, h, w] of a sample."""
+        return len(self.mixture.cameras), 3, *self.mixture.image_size
+
+    def batch(self, positions: Sequence[int], images: np.ndarray | None = None) -> dict[str, Tensor]:
+        """The samples at these positions. images: where to put theirs, uint8 [B, N, 3, h, w]; new memory by default."""
         position = torch.tensor(positions)
-        frames = self.frames(position)
-        actions, action_is_pad = self.data.windows(frames, self.chunk_size)
-        task = torch.from_numpy(self.data.task_index[frames])
+        dataset, frames = self.frames(position)
+        mixture, B = self.mixture, len(position)
+        if images is None:
+            images = np.empty((B, *self.image_shape), np.uint8)
+        state = np.zeros((B, max(data.state_dim for data in mixture.datasets)), np.float32)
+        actions = np.zeros((B, self.chunk_size, max(data.action_dim for data in mixture.datasets)), np.float32)
+        action_is_pad, task = np.empty((B, self.chunk_size), bool), np.empty(B, np.int64)
+        image_mask = self.camera_mask[dataset]  # [B, N]
+        for k, data in enumerate(mixture.datasets):
+            chosen = np.flatnonzero(dataset.numpy() == k)
+            own = frames[chosen]
+            data.read_images(own, images, chosen, self.slots[k])
+            state[chosen, : data.state_dim] = data.state[own]
+            actions[chosen, :, : data.action_dim], action_is_pad[chosen] = data.windows(own, self.chunk_size)
+            task[chosen] = self.first_task[k] + data.task_index[own]
+        images[~image_mask.numpy()] = 0
         return {
-            "images": torch.from_numpy(self.data.images(frames)),
-            "state": torch.from_numpy(self.data.state[frames]),
+            "dataset": dataset,
+            "images": torch.from_numpy(images),
+            "image_mask": image_mask,
+            "state": torch.from_numpy(state),
             "tokens": self.tokens[task],
             "token_mask": self.token_mask[task],
             "actions": torch.from_numpy(actions),
@@ -126,6 +135,45 @@ class Samples(Dataset):
             "position": position,
             "key": keyed.derive(self.seed, position if self.shuffle else position + HELD_OUT),
         }
+
+
+def summary(train: Samples, held_out: Samples) -> str:
+    """What is trained on and what is held out: a line for each data set."""
+    lines = []
+    for data, count, mine, theirs in zip(
+        train.mixture.datasets, train.mixture.counts, train.parts, held_out.parts, strict=True
+    ):
+        share = f"{count / train.mixture.block:.4g} of the samples, " if len(train.parts) > 1 else ""
+        bad = len(data.episode_to) - len(data.episodes)
+        left_out = f"; {bad} episodes with faults left out" if bad else ""
+        lines.append(
+            f"data       {data.name}: {share}{len(mine)} frames of {len(mine.ends)} episodes to train on, "
+            f"{len(theirs)} frames of {len(theirs.ends)} held out{left_out}"
+        )
+    return "\n".join(lines)
+
+
+class _Part:
+    """The frames of some episodes of one data set, numbered from 0."""
+
+    def __init__(self, data: LeRobotDataset, episodes: np.ndarray):
+        first, end = data.episode_from[episodes], data.episode_to[episodes]
+        lengths = end - first
+        self.data, self.episodes = data, episodes
+        self.ends = np.cumsum(lengths)  # of each episode, in frames of these episodes
+        self.offset = first - (self.ends - lengths)  # from frames of these episodes to frames of the data set
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def frames(self, index: np.ndarray) -> np.ndarray:
+        return index + self.offset[np.searchsorted(self.ends, index, side="right")]
+
+    def statistics(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        first, end = self.data.episode_from[self.episodes], self.data.episode_to[self.episodes]
+        apart = np.flatnonzero(first[1:] != end[:-1])  # where an episode does not follow on the one before
+        spans = list(zip(first[np.append(0, apart + 1)], end[np.append(apart, -1)], strict=True))
+        return statistics(self.data.state, spans), statistics(self.data.actions, spans)
 
 
 def training_positions(
@@ -149,40 +197,3 @@ def training_positions(
             step * global_batch + rank * micro_batch, (step + 1) * global_batch, world_size * micro_batch
         ):
             yield range(start, start + micro_batch)
-
-
-def loader(samples: Samples, positions, workers: int, pin_memory: bool) -> DataLoader:
-    """Batches at these positions (an iterable of ranges), in order whatever the number of workers."""
-    return DataLoader(
-        samples,
-        batch_sampler=positions,
-        collate_fn=_whole,
-        num_workers=workers,
-        prefetch_factor=4 if workers else None,
-        pin_memory=pin_memory,
-        generator=torch.Generator(),  # the loader draws a seed for its workers: not from training's generator
-        worker_init_fn=_ignore_signals,
-    )
-
-
-def _whole(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return batch
-
-
-def _ignore_signals(worker: int) -> None:
-    # Schedulers signal the whole process group; workers must outlive the save that the main process makes of it.
-    import signal
-
-    for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(name, signal.SIG_IGN)
-
-
-@atexit.register
-def _end_workers() -> None:
-    # After an error Python ends its children with SIGTERM, which workers ignore, and would wait for them for ever.
-    import signal
-
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report each of them as an error
-    for child in multiprocessing.active_children():
-        if child.daemon:
-            child.kill()

@@ -1,40 +1,61 @@
-"""Write a LeRobot v3.0 data set, episode by episode, with the images as PNG inside the parquet files.
+"""Write a LeRobot v3.0 data set, episode by episode, its images as PNG in the parquet files or as video beside them.
 
 Dimensions: L frames of one episode, P state, A action, h and w of an image.
 """
 
 import io
 import json
+import os
 import shutil
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
+from typing import Literal
 
+import av
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from av.video.reformatter import Colorspace
 from PIL import Image
 
 from vla import InputError
 from vla.data.stats import image_statistics, statistics
 
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
+EPISODES_PATH = "meta/episodes/chunk-000/file-000.parquet"
+SPILL = "spill"  # in the partial folder: state, action and the rows of the episodes table, until all are known
+ROWS_IN_MEMORY = 500  # of the episodes table
+CLOSING_BYTES = 100 * 1024**2  # disk space kept free for the ends of open files and the metadata
 IMAGE_STATISTICS_STRIDE = 10  # every tenth frame tells the colours of an episode: neighbours look alike
 TASK_COLUMNS = (("task_index", "int64", "int64"), ("task", "unicode", "object"))
 PANDAS_TASKS = {  # pandas then reads `task` as the index, which the format asks for
     "index_columns": ["task"],
     "columns": [{"name": n, "field_name": n, "pandas_type": p, "numpy_type": d} for n, p, d in TASK_COLUMNS],
 }
+PIX_FMT = "yuv420p"
+# Every second frame is a key frame, so that any frame is found by decoding two. B-frames would only delay timestamps.
+ENCODERS = {
+    "av1": ("libsvtav1", {"crf": "30", "preset": "12", "g": "2"}),
+    "h264": ("libx264", {"g": "2", "bf": "0"}),
+}
+os.environ.setdefault("SVT_LOG", "1")  # errors alone: the AV1 encoder else prints its settings for every episode
 
 
 class LeRobotWriter:
     """Context manager that writes one data set; the folder `root` appears, whole, when the block ends without error.
 
-    root: must not exist, or be empty. fps: frames per second. cameras: name -> (h, w).
+    root: must not exist, or be empty. fps: frames per second. cameras: name -> (h, w), both even for h264.
     state_names, action_names: a name for each of the P and A dimensions.
-    chunks_size: files in a chunk folder. data_files_size_in_mb: a data file that has reached this size is closed.
+    codec: of the images; "png" keeps every pixel, "av1" and "h264" are video, smaller, and lose some detail.
+    chunks_size: files in a chunk folder. data_files_size_in_mb, video_files_size_in_mb: a file that has reached this
+    size is closed.
     Until then all lies in `.NAME.partial` beside root; after an exception it stays there, a readable data set of the
     episodes added so far, until the next writer to the same root removes it.
-    Memory holds the images of one episode, and state and action of all (exact quantiles need every value).
-    Raises InputError if root holds something, and at the end of the block if no episode was added.
+    Memory holds the images of one episode, and the index of the open files.
+    Raises InputError if root holds something, if the codec cannot store such images, and at the end of the block if no
+    episode was added.
     """
 
     def __init__(
@@ -46,82 +67,112 @@ class LeRobotWriter:
         state_names: list[str],
         action_names: list[str],
         robot_type: str,
+        codec: Literal["png", "av1", "h264"] = "png",
         chunks_size: int = 1000,
         data_files_size_in_mb: float = 100,
+        video_files_size_in_mb: float = 200,
     ):
         self.root = Path(root)
         if self.root.exists() and (not self.root.is_dir() or any(self.root.iterdir())):
             raise InputError(f"{root} exists, expected no such folder or an empty one: delete it or choose another")
+        if codec != "png" and codec not in ENCODERS:
+            raise InputError(f"codec is {codec!r}, expected one of {['png', *ENCODERS]}")
+        for name, (h, w) in cameras.items():
+            if codec == "h264" and (h % 2 or w % 2):  # it has one colour for two by two pixels; AV1 rounds up itself
+                found = f"camera {name!r} has images of {h} x {w} pixels"
+                raise InputError(f"{found}, expected even numbers for codec 'h264': choose av1, png or another size")
         self.partial = self.root.parent / f".{self.root.name}.partial"
+        self.codec = codec
         self.cameras = {name: f"observation.images.{name}" for name in cameras}
-        image = {"dtype": "image", "names": ["channels", "height", "width"]}
-        self.features = {self.cameras[name]: image | {"shape": [3, int(h), int(w)]} for name, (h, w) in cameras.items()}
+        self.features = {
+            self.cameras[name]: _image_feature(codec, fps, int(h), int(w)) for name, (h, w) in cameras.items()
+        }
         for key, names in {"observation.state": state_names, "action": action_names}.items():
             self.features[key] = {"dtype": "float32", "shape": [len(names)], "names": list(names)}
         indices = dict.fromkeys(("frame_index", "episode_index", "index", "task_index"), "int64")
         for key, dtype in {"timestamp": "float32", **indices}.items():
             self.features[key] = {"dtype": dtype, "shape": [1], "names": None}
         self.info = {"codebase_version": "v3.0", "robot_type": robot_type, "fps": fps, "chunks_size": chunks_size}
-        self.info |= {"data_files_size_in_mb": data_files_size_in_mb, "video_files_size_in_mb": 200}
-        self.info |= {"data_path": DATA_PATH, "video_path": None, "features": self.features}
-        self._num_files = self._num_frames = 0
+        self.info |= {"data_files_size_in_mb": data_files_size_in_mb, "video_files_size_in_mb": video_files_size_in_mb}
+        self.info |= {"data_path": DATA_PATH, "video_path": VIDEO_PATH if codec in ENCODERS else None}
+        self.info |= {"features": self.features}
+        self._num_files = self._num_episodes = self._num_frames = 0
+        self._torn = False  # whether an episode was written in part
         self._parquet: pq.ParquetWriter | None = None
+        self._videos = {key: _VideoFiles(self.partial, key, self.info) for key in self.cameras.values()}
         self._tasks: dict[str, int] = {}
-        self._episodes: list[dict] = []
-        self._vectors: dict[str, list[np.ndarray]] = {"observation.state": [], "action": []}  # of [L, P] and [L, A]
-        self._histograms = {key: np.zeros((3, 256), np.int64) for key in self.cameras.values()}
 
     def __enter__(self) -> "LeRobotWriter":
         shutil.rmtree(self.partial, ignore_errors=True)
+        (self.partial / SPILL).mkdir(parents=True)
+        (self.partial / SPILL / "episodes").touch()
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_) -> None:
-        self._close_file()
-        if self._episodes:
-            self._write_metadata()
-        elif error is None:
-            raise InputError(f"no episode was added to {self.root}, expected at least 1")
+        for video in self._videos.values():
+            video.close()
+        if num_frames := self._close_data_and_count():
+            self._write_metadata(num_frames)
+            shutil.rmtree(self.partial / SPILL)
+        else:
+            shutil.rmtree(self.partial)
+            if error is None:
+                raise InputError(f"no episode was added to {self.root}, expected at least 1")
         if error is None:
             self.partial.rename(self.root)
 
     def add_episode(
         self, *, images: dict[str, np.ndarray], state: np.ndarray, actions: np.ndarray, instruction: str
     ) -> None:
-        """Append one episode as one row group.
+        """Append one episode: to each camera's video, then as one row group, with which it is part of the data set.
 
         images: camera -> uint8 [L, 3, h, w]. state: float32 [L, P]. actions: float32 [L, A]. L >= 1.
-        Raises InputError, and writes nothing, on another dtype or shape, NaN or Inf, or an empty instruction.
+        Raises InputError, and writes nothing, on another dtype or shape, NaN or Inf, an empty instruction or a full
+        disk. After another exception no further episode is taken.
         """
         vectors = {"observation.state": state, "action": actions}
         self._check(images, vectors, instruction)
-        length, episode, first = len(state), len(self._episodes), self._num_frames
+        length, episode, first = len(state), self._num_episodes, self._num_frames
         frame_index = np.arange(length)
-        columns = {key: _image_column(images[name]) for name, key in self.cameras.items()}
+        columns, videos = {}, {}
+        for name, key in self.cameras.items():
+            if self.codec == "png":
+                columns[key] = _image_column(images[name])
+            else:
+                videos[key] = _encode(images[name], self.codec, self.info["fps"])
         columns |= {key: _vector_column(values) for key, values in vectors.items()}
         columns["timestamp"] = (frame_index / self.info["fps"]).astype(np.float32)
         columns["frame_index"] = frame_index
         columns["episode_index"] = np.full(length, episode)
         columns["index"] = first + frame_index
-        columns["task_index"] = np.full(length, self._tasks.setdefault(instruction, len(self._tasks)))
-
+        task_index = self._tasks.get(instruction, len(self._tasks))
+        columns["task_index"] = np.full(length, task_index)
+        table = pa.table(columns)
         histograms = {key: _histogram(images[name][::IMAGE_STATISTICS_STRIDE]) for name, key in self.cameras.items()}
         stats = self._statistics(vectors, histograms)
-        chunk_index, file_index = self._write(pa.table(columns))
+        self._check_disk(table.nbytes + sum(video.getbuffer().nbytes for video in videos.values()))
 
+        self._torn = True
         row = {"episode_index": episode, "tasks": [instruction], "length": length}
         row |= {"dataset_from_index": first, "dataset_to_index": first + length}
-        row |= {"data/chunk_index": chunk_index, "data/file_index": file_index}
+        row |= {f"data/{name}": index for name, index in _place(self._num_files, self.info).items()}
         row |= {"meta/episodes/chunk_index": 0, "meta/episodes/file_index": 0}
+        for key, video in videos.items():
+            row |= {f"videos/{key}/{name}": value for name, value in self._videos[key].append(video).items()}
         row |= {f"stats/{key}/{name}": value for key in stats for name, value in stats[key].items()}
-        self._episodes.append(row)
-        self._num_frames += length
+        row["histograms"] = {key: histogram.tolist() for key, histogram in histograms.items()}
         for key, values in vectors.items():
-            self._vectors[key].append(values.copy())  # the caller may reuse its buffers
-        for key, histogram in histograms.items():
-            self._histograms[key] += histogram
+            self._spill(key, values.tobytes())
+        self._spill("episodes", json.dumps(row).encode() + b"\n")
+        self._write(table)
+        self._tasks[instruction] = task_index
+        self._torn = False
 
     def _check(self, images: dict[str, np.ndarray], vectors: dict[str, np.ndarray], instruction: str) -> None:
-        episode = f"episode {len(self._episodes)}"
+        episode = f"episode {self._num_episodes}"
+        if self._torn:
+            found = f"{episode} was written in part before an exception"
+            raise InputError(f"{found}, expected no further one: write {self.root} again")
         if not instruction.strip():
             raise InputError(f"{episode}: instruction is {instruction!r}, expected what the robot is to do, in words")
         if images.keys() != self.cameras.keys():
@@ -137,24 +188,44 @@ class LeRobotWriter:
                 found = f"{self.features[key]['names'][column]} of {key} is {array[frame, column]}"
                 raise InputError(f"{episode}, frame {frame}: {found}, expected a finite number")
 
-    def _write(self, table: pa.Table) -> tuple[int, int]:
-        chunk_index, file_index = divmod(self._num_files, self.info["chunks_size"])
-        path = self.partial / DATA_PATH.format(chunk_index=chunk_index, file_index=file_index)
+    def _check_disk(self, needed: int) -> None:
+        needed += CLOSING_BYTES + (self.partial / SPILL / "episodes").stat().st_size
+        if (free := shutil.disk_usage(self.partial).free) < needed:
+            found = f"episode {self._num_episodes}: the disk of {self.partial} has {free / 1e6:.0f} MB left"
+            raise InputError(f"{found}, expected {needed / 1e6:.0f} MB: free some, or choose another disk")
+
+    def _spill(self, name: str, data: bytes) -> None:
+        with open(self.partial / SPILL / name, "ab") as file:
+            file.write(data)
+
+    def _write(self, table: pa.Table) -> None:
+        path = self._data_file(self._num_files)
         if self._parquet is None:
             path.parent.mkdir(parents=True, exist_ok=True)
             # Neither statistics nor dictionaries of images, which would copy whole PNGs into the footer.
             options = {"use_dictionary": False, "write_statistics": ["episode_index", "index"]}
             self._parquet = pq.ParquetWriter(path, table.schema, compression="snappy", **options)
         self._parquet.write_table(table, row_group_size=len(table))
+        self._num_episodes += 1
+        self._num_frames += len(table)
         if path.stat().st_size >= self.info["data_files_size_in_mb"] * 1024**2:
-            self._close_file()
-        return chunk_index, file_index
-
-    def _close_file(self) -> None:
-        if self._parquet is not None:
             self._parquet.close()
             self._parquet = None
             self._num_files += 1
+
+    def _close_data_and_count(self) -> int:
+        """The number of frames in the data files, which an exception may have kept from being counted."""
+        if self._parquet is not None:
+            self._parquet.close()
+        for number in range(self._num_files, -1, -1):
+            try:
+                with pq.ParquetFile(self._data_file(number)) as parquet:
+                    if groups := parquet.num_row_groups:
+                        return parquet.read_row_group(groups - 1, ["index"])["index"][-1].as_py() + 1
+            except (FileNotFoundError, pa.ArrowInvalid):
+                pass  # a row group written in part leaves a file without an end
+            self._data_file(number).unlink(missing_ok=True)
+        return 0
 
     def _statistics(self, vectors: dict[str, np.ndarray], histograms: dict[str, np.ndarray]) -> dict[str, dict]:
         stats = {key: statistics(values) for key, values in vectors.items()}
@@ -163,18 +234,108 @@ class LeRobotWriter:
             stats[key] = image_statistics(histogram, h * w)
         return {key: {name: value.tolist() for name, value in row.items()} for key, row in stats.items()}
 
-    def _write_metadata(self) -> None:
+    def _write_metadata(self, num_frames: int) -> None:
+        path = self.partial / EPISODES_PATH
+        path.parent.mkdir(parents=True)
+        rows, parquet, num_episodes, tasks = self._rows(num_frames), None, 0, {}
+        histograms = {key: np.zeros((3, 256), np.int64) for key in self.cameras.values()}
+        while group := list(islice(rows, ROWS_IN_MEMORY)):
+            for row in group:
+                tasks |= dict.fromkeys(row["tasks"])
+                for key, histogram in row.pop("histograms").items():
+                    histograms[key] += histogram
+            table = pa.Table.from_pylist(group)
+            parquet = parquet or pq.ParquetWriter(path, table.schema)
+            parquet.write_table(table)
+            num_episodes += len(group)
+        parquet.close()
+
         meta = self.partial / "meta"
-        (meta / "episodes/chunk-000").mkdir(parents=True)
-        pq.write_table(pa.Table.from_pylist(self._episodes), meta / "episodes/chunk-000/file-000.parquet")
-        tasks = pa.table({"task_index": list(self._tasks.values()), "task": list(self._tasks)})
-        pq.write_table(tasks.replace_schema_metadata({"pandas": json.dumps(PANDAS_TASKS)}), meta / "tasks.parquet")
-        vectors = {key: np.concatenate(values) for key, values in self._vectors.items()}
-        stats = self._statistics(vectors, self._histograms)
-        (meta / "stats.json").write_text(json.dumps(stats, indent=4))
-        totals = {"total_episodes": len(self._episodes), "total_frames": self._num_frames}
-        totals |= {"total_tasks": len(self._tasks), "splits": {"train": f"0:{len(self._episodes)}"}}
+        table = pa.table({"task_index": range(len(tasks)), "task": list(tasks)})
+        pq.write_table(table.replace_schema_metadata({"pandas": json.dumps(PANDAS_TASKS)}), meta / "tasks.parquet")
+        shapes = {key: (num_frames, *self.features[key]["shape"]) for key in ("observation.state", "action")}
+        vectors = {key: np.memmap(self.partial / SPILL / key, np.float32, "r", 0, shapes[key]) for key in shapes}
+        (meta / "stats.json").write_text(json.dumps(self._statistics(vectors, histograms), indent=4))
+        totals = {"total_episodes": num_episodes, "total_frames": num_frames}
+        totals |= {"total_tasks": len(tasks), "splits": {"train": f"0:{num_episodes}"}}
         (meta / "info.json").write_text(json.dumps(self.info | totals, indent=4))
+
+    def _rows(self, num_frames: int) -> Iterator[dict]:
+        """The rows of the episodes table, up to the episode that ends with this frame."""
+        with open(self.partial / SPILL / "episodes", "rb") as lines:
+            for row in map(json.loads, lines):
+                yield row
+                if row["dataset_to_index"] == num_frames:
+                    return
+
+    def _data_file(self, number: int) -> Path:
+        return self.partial / DATA_PATH.format(**_place(number, self.info))
+
+
+class _VideoFiles:
+    """The video files of one camera, each with several episodes one after the other."""
+
+    def __init__(self, root: Path, key: str, info: dict):
+        self.root, self.key, self.info = root, key, info
+        self.num_files = self.num_frames = self.num_bytes = 0  # the last two: of the open file
+        self.container: av.container.OutputContainer | None = None
+
+    def append(self, episode: io.BytesIO) -> dict[str, float]:
+        """Copy the frames of a video, as they are, behind those of the file; returns where they then lie."""
+        place, begin = _place(self.num_files, self.info), self.num_frames / self.info["fps"]
+        with av.open(episode) as source:
+            [video] = source.streams.video
+            if self.container is None:
+                path = self.root / VIDEO_PATH.format(video_key=self.key, **place)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self.container = av.open(path, "w")
+                self.stream = self.container.add_stream_from_template(video, opaque=True)
+            ticks = round(begin / video.time_base)
+            for packet in source.demux(video):
+                if packet.size:  # the last one only says that the video ends
+                    packet.pts, packet.dts, packet.stream = packet.pts + ticks, packet.dts + ticks, self.stream
+                    self.container.mux(packet)
+                    self.num_frames, self.num_bytes = self.num_frames + 1, self.num_bytes + packet.size
+        end = self.num_frames / self.info["fps"]
+        if self.num_bytes >= self.info["video_files_size_in_mb"] * 1024**2:
+            self.close()
+            self.container, self.num_files, self.num_frames, self.num_bytes = None, self.num_files + 1, 0, 0
+        return place | {"from_timestamp": begin, "to_timestamp": end}
+
+    def close(self) -> None:
+        if self.container is not None:
+            self.container.close()
+
+
+def _place(number: int, info: dict) -> dict[str, int]:
+    chunk_index, file_index = divmod(number, info["chunks_size"])
+    return {"chunk_index": chunk_index, "file_index": file_index}
+
+
+def _image_feature(codec: str, fps: int, h: int, w: int) -> dict:
+    feature = {"dtype": "image", "names": ["channels", "height", "width"], "shape": [3, h, w]}
+    if codec in ENCODERS:
+        info = {"height": h, "width": w, "codec": codec, "pix_fmt": PIX_FMT, "fps": fps, "channels": 3}
+        info = {f"video.{name}": value for name, value in info.items()}
+        feature |= {"dtype": "video", "info": info | {"has_audio": False, "is_depth_map": False}}
+    return feature
+
+
+def _encode(images: np.ndarray, codec: str, fps: int) -> io.BytesIO:
+    """A video of one episode, uint8 [L, 3, h, w], with an encoder of its own, so that it begins with a key frame."""
+    file = io.BytesIO()
+    name, options = ENCODERS[codec]
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream(name, rate=fps, options=options, pix_fmt=PIX_FMT)
+        stream.height, stream.width = images.shape[2:]
+        # The colours that frames are converted to; unsaid, a player takes others for large images.
+        stream.codec_context.colorspace = Colorspace.ITU601
+        for image in images:
+            frame = np.ascontiguousarray(image.transpose(1, 2, 0))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())  # what the encoder still holds
+    file.seek(0)
+    return file
 
 
 def _vector_column(values: np.ndarray) -> pa.Array:

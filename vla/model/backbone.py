@@ -157,19 +157,21 @@ class LanguageModel(nn.Module):
         )  # exists only if the loss asks for it
 
     def forward(
-        self, image_tokens: Tensor, tokens: Tensor, token_mask: Tensor, causal: bool = False
+        self, image_tokens: Tensor, image_mask: Tensor, tokens: Tensor, token_mask: Tensor, causal: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """[B, I, D], int64 [B, T], bool [B, T] -> hidden states [B, S, D] and their mask bool [B, S], S = I + T /
-        PATCH.
+        """[B, I, D], bool [B, N], int64 [B, T], bool [B, T] -> hidden states [B, S, D] and their mask bool [B, S], S =
+        I + T / PATCH.
 
-        With `causal`, images see images, and text sees images and the text before it.
+        Nobody sees the image tokens of a camera whose image_mask is false. With `causal`, images see images, and text
+        sees images and the text before it.
         """
         letters = self.letters(F.pad(self.embedding(tokens).transpose(1, 2), (REACH - 1, 0)))  # [B, D, T]
         text = F.max_pool1d(F.gelu(letters), PATCH).transpose(1, 2) + self.position  # [B, T / PATCH, D]
         x = torch.cat([image_tokens, text], dim=1)  # [B, S, D]
         images, total = image_tokens.shape[1], x.shape[1]
         text_mask = token_mask[:, ::PATCH]  # a patch counts if its first byte is text
-        mask = torch.cat([text_mask.new_ones(len(x), images), text_mask], dim=1)  # [B, S]
+        image_mask = image_mask.repeat_interleave(images // image_mask.shape[1], dim=1)  # [B, I]
+        mask = torch.cat([image_mask, text_mask], dim=1)  # [B, S]
         attend = mask[:, None, None, :]  # [B, 1, 1, S]
         if causal:
             visible = mask.new_ones(total, total).tril()
@@ -179,13 +181,13 @@ class LanguageModel(nn.Module):
             x = block(x, attend)
         return self.norm(x), mask
 
-    def loss(self, image_tokens: Tensor, tokens: Tensor, token_mask: Tensor) -> Tensor:
+    def loss(self, image_tokens: Tensor, image_mask: Tensor, tokens: Tensor, token_mask: Tensor) -> Tensor:
         """Cross-entropy of the instruction given the images, byte by byte, meaned over each sample's own bytes. ->
         [B].
 
         It needs a pass of its own, in which no token sees what it predicts.
         """
-        hidden, _ = self(image_tokens, tokens, token_mask, causal=True)
+        hidden, _ = self(image_tokens, image_mask, tokens, token_mask, causal=True)
         patches = tokens.shape[1] // PATCH
         logits = (
             self.next_bytes(hidden[:, -patches:-1]).unflatten(-1, (PATCH, BYTES)).flatten(1, 2)

@@ -1,6 +1,9 @@
 """Three ways to predict a chunk of actions from the hidden states of a backbone; all share one decoder.
 
 Dimension key: B batch, S prefix tokens, H action horizon, A action dimension, P state dimension, K bins, D width.
+
+`valid` is false past the end of an episode, and in the dimensions that the sample's data set lacks: no loss is taken
+there. Actions are 0 in the latter, as are samples.
 """
 
 import torch
@@ -10,12 +13,12 @@ from torch import Tensor, nn
 from vla import keyed
 from vla.config import ModelConfig
 from vla.model.backbone import Block
-from vla.model.normalize import Normalizer
+from vla.model.normalize import Scale
 
 
 def sample_mean(error: Tensor, valid: Tensor) -> Tensor:
-    """Mean of each sample's own valid entries. error: [B, H, A], valid: bool [B, H] -> [B]."""
-    weight = valid[:, :, None].expand_as(error).float()
+    """Mean of each sample's own valid entries. error: [B, H, A], valid: bool [B, H, A] -> [B]."""
+    weight = valid.float()
     return (error * weight).sum((1, 2)) / weight.sum((1, 2)).clamp(min=1)
 
 
@@ -58,24 +61,22 @@ class RegressionHead(nn.Module):
         self.smooth_dims = [d for d in range(action_dim) if d not in config.gripper_dims]
         self.decoder = Decoder(config, state_dim, action_dim)
 
-    def loss(
-        self, hidden, mask, state, actions: Tensor, valid: Tensor, key: Tensor, scale: Normalizer
-    ) -> dict[str, Tensor]:
-        """actions: normalized [B, H, A], valid: bool [B, H] -> each term per sample [B]."""
+    def loss(self, hidden, mask, state, actions: Tensor, valid: Tensor, key: Tensor, scale: Scale) -> dict[str, Tensor]:
+        """actions: normalized [B, H, A], valid: bool [B, H, A] -> each term per sample [B]."""
         out, terms = self.decoder(hidden, mask, state), {}
         if self.smooth_dims:
-            error = out[..., self.smooth_dims] - actions[..., self.smooth_dims]
+            error, counted = out[..., self.smooth_dims] - actions[..., self.smooth_dims], valid[..., self.smooth_dims]
             if self.weights.l1:
-                terms["l1"] = sample_mean(error.abs(), valid)
+                terms["l1"] = sample_mean(error.abs(), counted)
             if self.weights.mse:
-                terms["mse"] = sample_mean(error.square(), valid)
+                terms["mse"] = sample_mean(error.square(), counted)
         if self.gripper_dims:
             high = (scale.inverse(actions) > (scale.low + scale.high) / 2)[..., self.gripper_dims].float()
             error = F.binary_cross_entropy_with_logits(out[..., self.gripper_dims], high, reduction="none")
-            terms["bce"] = sample_mean(error, valid)
+            terms["bce"] = sample_mean(error, valid[..., self.gripper_dims])
         return terms
 
-    def sample(self, hidden, mask, state, key: Tensor, scale: Normalizer) -> Tensor:
+    def sample(self, hidden, mask, state, key: Tensor, scale: Scale) -> Tensor:
         """-> actions in the robot's units [B, H, A]."""
         out = self.decoder(hidden, mask, state)
         actions = scale.inverse(out)
@@ -103,23 +104,22 @@ class FlowHead(nn.Module):
         time = self.time(torch.cat([angle.sin(), angle.cos()], dim=-1))  # [B, D]
         return self.decoder(hidden, mask, state, self.action(noisy) + time[:, None], visible)
 
-    def loss(
-        self, hidden, mask, state, actions: Tensor, valid: Tensor, key: Tensor, scale: Normalizer
-    ) -> dict[str, Tensor]:
+    def loss(self, hidden, mask, state, actions: Tensor, valid: Tensor, key: Tensor, scale: Scale) -> dict[str, Tensor]:
         """t ~ Beta(1.5, 1), drawn by its inverse distribution u^(1 / 1.5); noise and t come from the sample's key."""
         t = 0.001 + 0.999 * keyed.uniform(key, keyed.FLOW_TIME) ** (1 / 1.5)  # [B]
-        noise = keyed.normal(key, keyed.FLOW_NOISE, self.chunk)
+        noise = keyed.normal(key, keyed.FLOW_NOISE, self.chunk).where(scale.real, 0)
         noisy = t[:, None, None] * noise + (1 - t[:, None, None]) * actions
         # Slots past the end of an episode hold no action: the others must not see what stands there.
-        error = self.velocity(hidden, mask, state, noisy, t, visible=valid) - (noise - actions)
+        error = self.velocity(hidden, mask, state, noisy, t, visible=valid.any(-1)) - (noise - actions)
         return {"flow": sample_mean(error.square(), valid)}
 
-    def sample(self, hidden, mask, state, key: Tensor, scale: Normalizer) -> Tensor:
+    def sample(self, hidden, mask, state, key: Tensor, scale: Scale) -> Tensor:
         """Euler steps from the noise of each sample's key. -> actions in the robot's units [B, H, A]."""
-        actions = keyed.normal(key, keyed.FLOW_NOISE, self.chunk)
+        actions = keyed.normal(key, keyed.FLOW_NOISE, self.chunk).where(scale.real, 0)
         for step in range(self.steps):
             t = torch.full((len(actions),), 1 - step / self.steps, device=actions.device)
-            actions = actions - self.velocity(hidden, mask, state, actions, t) / self.steps
+            velocity = self.velocity(hidden, mask, state, actions, t).where(scale.real, 0)
+            actions = actions - velocity / self.steps
         return scale.inverse(actions)
 
 
@@ -131,9 +131,7 @@ class TokenHead(nn.Module):
         self.bins, self.smoothing, self.action_dim = config.bins, config.label_smoothing, action_dim
         self.decoder = Decoder(config, state_dim, action_dim * config.bins)
 
-    def loss(
-        self, hidden, mask, state, actions: Tensor, valid: Tensor, key: Tensor, scale: Normalizer
-    ) -> dict[str, Tensor]:
+    def loss(self, hidden, mask, state, actions: Tensor, valid: Tensor, key: Tensor, scale: Scale) -> dict[str, Tensor]:
         logits = self.decoder(hidden, mask, state).unflatten(-1, (self.action_dim, self.bins))  # [B, H, A, K]
         span = (scale.high - scale.low).clamp(min=1e-6)
         share = (scale.inverse(actions) - scale.low) / span  # 0 … 1 over the range seen in the data
@@ -143,7 +141,7 @@ class TokenHead(nn.Module):
         )
         return {"ce": sample_mean(error.view_as(share), valid)}
 
-    def sample(self, hidden, mask, state, key: Tensor, scale: Normalizer) -> Tensor:
+    def sample(self, hidden, mask, state, key: Tensor, scale: Scale) -> Tensor:
         """The middle of the likeliest bin; the outermost bins mean the extremes. -> [B, H, A] in robot units."""
         best = self.decoder(hidden, mask, state).unflatten(-1, (self.action_dim, self.bins)).argmax(-1).float()
         share = torch.where(best == 0, 0.0, torch.where(best == self.bins - 1, 1.0, (best + 0.5) / self.bins))

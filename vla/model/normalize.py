@@ -1,6 +1,13 @@
-"""Scale states and actions by statistics of the training data, which are buffers and so travel with the weights."""
+"""Scale states and actions by statistics of the training data, which are buffers and so travel with the weights.
+
+Dimension key: K data sets, B batch, D dimensions of the data set that has most.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vla import InputError
@@ -9,35 +16,69 @@ from vla import InputError
 _BOUNDS = {"mean_std": ("mean", "std"), "min_max": ("min", "max"), "quantile": ("q01", "q99")}
 
 
-class Normalizer(nn.Module):
-    """An affine map per dimension, (x - offset) / scale, whose buffers start as NaN and refuse to act until they are
-    set.
+class Scale(NamedTuple):
+    """An affine map per sample and dimension, (x - offset) / scale; tensors [B, 1, D].
 
-    A dimension that does not vary in the data is only shifted, to 0.
+    Both ways it makes 0 of the dimensions that the sample's data set lacks.
     """
 
-    def __init__(self, dim: int, mode: str):
+    offset: Tensor
+    scale: Tensor
+    low: Tensor  # smallest and largest value seen
+    high: Tensor
+    real: Tensor  # bool, false in the dimensions that the data set lacks
+
+    def normalize(self, x: Tensor) -> Tensor:
+        return ((x - self.offset) / self.scale).where(self.real, 0)
+
+    def inverse(self, x: Tensor) -> Tensor:
+        return (x * self.scale + self.offset).where(self.real, 0)
+
+
+class Normalizer(nn.Module):
+    """The scales of all data sets, float32 [K, D], whose buffers start as NaN and refuse to act until they are set.
+
+    dims: how many dimensions each data set has, by its name. A dimension that does not vary in a data set is only
+    shifted there, to 0.
+    """
+
+    def __init__(self, dims: dict[str, int], mode: str):
         super().__init__()
-        self.mode = mode
-        for name in ("offset", "scale", "low", "high"):  # low and high: smallest and largest value seen
-            self.register_buffer(name, torch.full((dim,), torch.nan))
+        self.dims, self.mode, self.width = dims, mode, max(dims.values())
+        for name in ("offset", "scale", "low", "high"):
+            self.register_buffer(name, torch.full((len(dims), self.width), torch.nan))
+        real = torch.arange(self.width) < torch.tensor(list(dims.values()))[:, None]  # [K, D]
+        self.register_buffer("real", real, persistent=False)
+
+    def of(self, dataset: Tensor) -> Scale:
+        """The scales of the samples of a batch. dataset: int64 [B], the place of each sample's data set."""
+        return Scale(*(getattr(self, name)[dataset][:, None] for name in Scale._fields))
 
     @torch.no_grad()
-    def set_statistics(self, statistics: dict) -> None:
-        """Take min, max, mean, std, q01 and q99, each float [dim]. Raises InputError for a missing or bad one."""
+    def set_statistics(self, statistics: Sequence[dict]) -> None:
+        """Take min, max, mean, std, q01 and q99, each float [its dimensions], of each data set in order.
+
+        Raises InputError for a missing or bad one.
+        """
+        if len(statistics) != len(self.dims):
+            raise InputError(f"statistics of {len(statistics)} data sets; expected those of {', '.join(self.dims)}")
         first, second = _BOUNDS[self.mode]
         values = {}
         for name in {first, second, "min", "max"}:
-            if name not in statistics:
-                raise InputError(
-                    f"statistics lack '{name}' (found {', '.join(sorted(statistics))}); compute them again"
-                )
-            values[name] = torch.as_tensor(statistics[name], dtype=torch.float64).flatten()
-            if values[name].shape != self.offset.shape or not torch.isfinite(values[name]).all():
-                raise InputError(
-                    f"statistic '{name}' has shape {tuple(values[name].shape)} or is not finite; "
-                    f"expected {self.offset.numel()} finite values"
-                )
+            rows = []
+            for (dataset, dim), given in zip(self.dims.items(), statistics, strict=True):
+                if name not in given:
+                    raise InputError(
+                        f"statistics lack '{name}' of {dataset} (found {', '.join(sorted(given))}); compute them again"
+                    )
+                row = torch.as_tensor(given[name], dtype=torch.float64).flatten()
+                if row.shape != (dim,) or not torch.isfinite(row).all():
+                    raise InputError(
+                        f"statistic '{name}' of {dataset} has shape {tuple(row.shape)} or is not finite; "
+                        f"expected {dim} finite values"
+                    )
+                rows.append(F.pad(row, (0, self.width - dim)))  # 0, and so a scale of 1, where it has no dimension
+            values[name] = torch.stack(rows)  # [K, D]
         if self.mode == "mean_std":
             offset, scale = values["mean"], values["std"]
         else:
@@ -52,11 +93,5 @@ class Normalizer(nn.Module):
         if not all(torch.isfinite(buffer).all() for buffer in self.buffers()):
             raise InputError(
                 "the policy has no normalization statistics, so its actions would have no units; load an export that "
-                "carries them, or call policy.set_statistics(state=..., action=...)"
+                "carries them, or call policy.set_statistics"
             )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x - self.offset) / self.scale
-
-    def inverse(self, x: Tensor) -> Tensor:
-        return x * self.scale + self.offset

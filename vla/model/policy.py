@@ -7,32 +7,61 @@ tokens, D width.
 import dataclasses
 import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vla import InputError, keyed
 from vla.config import MODULES, LossConfig, ModelConfig, from_dict, within
+from vla.images import resize_with_padding
 from vla.model.backbone import PATCH, LanguageModel, VisionEncoder, tokenize
 from vla.model.heads import HEADS
 from vla.model.normalize import Normalizer
 
 
 @dataclass(frozen=True)
-class PolicyConfig:
-    """All that rebuilds a policy: its architecture, and what the robot gives and takes. Stored as config.json."""
+class DatasetSpec:
+    """What the robot of one data set gives and takes."""
 
-    model: ModelConfig
-    cameras: tuple[str, ...]
-    image_size: tuple[int, int]  # height, width in pixels
+    name: str
+    cameras: tuple[str, ...]  # those of the policy's cameras that it has, in the policy's order
     state_names: tuple[str, ...]
     action_names: tuple[str, ...]
-    fps: int  # actions per second
+    fps: float  # actions per second
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """All that rebuilds a policy: its architecture, and the robots that it learns from. Stored as config.json."""
+
+    model: ModelConfig
+    cameras: tuple[str, ...]  # of all data sets
+    image_size: tuple[int, int]  # height, width in pixels
+    datasets: tuple[DatasetSpec, ...]
+
+    @property
+    def state_dim(self) -> int:
+        """P: the most that any data set has."""
+        return max(len(spec.state_names) for spec in self.datasets)
+
+    @property
+    def action_dim(self) -> int:
+        """A: the most that any data set has."""
+        return max(len(spec.action_names) for spec in self.datasets)
+
+    def place(self, name: str) -> int:
+        """Of a data set among all. Raises InputError for one that the policy was not trained on."""
+        names = [spec.name for spec in self.datasets]
+        if name not in names:
+            raise InputError(f"data set '{name}' is unknown to the policy, which was trained on {', '.join(names)}")
+        return names.index(name)
 
 
 class VLAPolicy(nn.Module, PyTorchModelHubMixin):
@@ -41,23 +70,25 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
     The prefix (images, instruction) is embedded once; state, noise and flow time enter in the action head alone, so
     sampling runs the head alone again, and frozen parts run without autograd with exactly the same result.
 
-    batch: images uint8 [B, N, 3, h, w], state float32 [B, P], tokens int64 [B, T], token_mask bool [B, T], and for
-    training actions float32 [B, H, A], action_is_pad bool [B, H], key int64 [B] (whatever is random about a sample
-    is drawn from it). Raises InputError for a configuration that cannot be built, naming the flag.
+    batch: dataset int64 [B] (its place in config.datasets), images uint8 [B, N, 3, h, w], image_mask bool [B, N] (false
+    for cameras that the data set lacks), state float32 [B, P], tokens int64 [B, T], token_mask bool [B, T], key int64
+    [B] (whatever is random about a sample is drawn from it), and for training actions float32 [B, H, A], action_is_pad
+    bool [B, H]. P and A are the largest of all data sets; what others lack is 0, and nothing is learned from it.
+    Raises InputError for a configuration that cannot be built, naming the flag.
     """
 
     def __init__(self, config):  # a PolicyConfig; without the annotation the mixin leaves reading config.json to us
         super().__init__()
-        self.config, model = config, config.model
-        state_dim, action_dim = len(config.state_names), len(config.action_names)
         check(config)
+        self.config, model = config, config.model
         self.vision_encoder = VisionEncoder(model, len(config.cameras), config.image_size)
         self.language_model = LanguageModel(model)
-        self.action_head = HEADS[model.head](model, state_dim, action_dim)
-        self.state_norm = Normalizer(state_dim, model.normalization)
-        self.action_norm = Normalizer(action_dim, model.normalization)
+        self.action_head = HEADS[model.head](model, config.state_dim, config.action_dim)
+        self.state_norm = Normalizer({s.name: len(s.state_names) for s in config.datasets}, model.normalization)
+        self.action_norm = Normalizer({s.name: len(s.action_names) for s in config.datasets}, model.normalization)
         for name in model.freeze:
             getattr(self, name).requires_grad_(False)
+        self._driven = 0 if len(config.datasets) == 1 else None
         self.reset()
 
     @classmethod
@@ -81,10 +112,10 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
         policy.action_norm.require()
         return policy.to(map_location).eval()
 
-    def set_statistics(self, state: dict, action: dict) -> None:
-        """Take the training data's statistics (see Normalizer.set_statistics)."""
-        self.state_norm.set_statistics(state)
-        self.action_norm.set_statistics(action)
+    def set_statistics(self, statistics: Sequence[tuple[dict, dict]]) -> None:
+        """Take the statistics of the states and of the actions of each data set (see Normalizer.set_statistics)."""
+        self.state_norm.set_statistics([state for state, _ in statistics])
+        self.action_norm.set_statistics([action for _, action in statistics])
 
     def _autograd(self, *parts: str):
         """Autograd only if one of these parts is trained: below the lowest trained part nothing needs it."""
@@ -98,16 +129,16 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The loss, a weighted sum of terms, and each term, all means over the samples (scalars); sample_loss [B]."""
-        tokens, token_mask, weights = batch["tokens"], batch["token_mask"], self.config.model.loss
-        image_tokens = self.encode_images(batch["images"])
+        weights, scale = self.config.model.loss, self.action_norm.of(batch["dataset"])
+        prefix = self.encode_images(batch["images"]), batch["image_mask"], batch["tokens"], batch["token_mask"]
         with self._autograd("vision_encoder", "language_model"):
-            hidden, mask = self.language_model(image_tokens, tokens, token_mask)
-        state, actions = self.state_norm(batch["state"]), self.action_norm(batch["actions"])
-        terms = self.action_head.loss(
-            hidden, mask, state, actions, ~batch["action_is_pad"], batch["key"], self.action_norm
-        )
+            hidden, mask = self.language_model(*prefix)
+        state = self.state_norm.of(batch["dataset"]).normalize(batch["state"][:, None])[:, 0]  # [B, P]
+        actions = scale.normalize(batch["actions"])
+        valid = ~batch["action_is_pad"][:, :, None] & scale.real  # [B, H, A]
+        terms = self.action_head.loss(hidden, mask, state, actions, valid, batch["key"], scale)
         if weights.lm:
-            terms["lm"] = self.language_model.loss(image_tokens, tokens, token_mask)
+            terms["lm"] = self.language_model.loss(*prefix)
         sample_loss = sum(getattr(weights, name) * term.detach() for name, term in terms.items())
         terms = {name: term.mean() for name, term in terms.items()}
         loss = sum(getattr(weights, name) * term for name, term in terms.items())
@@ -115,47 +146,125 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
 
     @torch.no_grad()
     def predict_chunk(self, batch: dict[str, Tensor]) -> Tensor:
-        """The next H actions in the robot's own units, float32 [B, H, A]. Raises InputError without statistics."""
+        """The next H actions in each robot's own units, float32 [B, H, A], 0 in dimensions that it lacks.
+
+        Raises InputError without statistics.
+        """
         if not self._has_statistics:
             self.state_norm.require()
             self.action_norm.require()
             self._has_statistics = True
         image_tokens = self.encode_images(batch["images"])
-        hidden, mask = self.language_model(image_tokens, batch["tokens"], batch["token_mask"])
-        return self.action_head.sample(hidden, mask, self.state_norm(batch["state"]), batch["key"], self.action_norm)
+        hidden, mask = self.language_model(image_tokens, batch["image_mask"], batch["tokens"], batch["token_mask"])
+        state = self.state_norm.of(batch["dataset"]).normalize(batch["state"][:, None])[:, 0]  # [B, P]
+        return self.action_head.sample(hidden, mask, state, batch["key"], self.action_norm.of(batch["dataset"]))
 
     def tokenize(self, instructions: list[str]) -> tuple[Tensor, Tensor]:
         """int64 [B, T] and mask bool [B, T], T fixed so that shapes never change (see backbone.tokenize)."""
         return tokenize(instructions, self.config.model.max_tokens)
 
+    def drive(self, name: str) -> None:
+        """Act from now on as the robot of this data set; a policy of a single one does so without being told.
+
+        Raises InputError for a data set that the policy was not trained on.
+        """
+        self._driven = self.config.place(name)
+        self._queue.clear()
+
+    @property
+    def driven(self) -> DatasetSpec:
+        """The data set whose robot acts. Raises InputError while that is open."""
+        if self._driven is None:
+            names = ", ".join(spec.name for spec in self.config.datasets)
+            raise InputError(f"the policy was trained on {names}: say with policy.drive(name) whose robot acts")
+        return self.config.datasets[self._driven]
+
     def collate(self, observations: list[dict], key: Tensor) -> dict[str, Tensor]:
-        """A batch on the policy's device, of observations (images, state, instruction). key: int64 [B]."""
+        """A batch on the policy's device, of what the driven robot observes. key: int64 [B].
+
+        An observation has images (of the robot's cameras, of any size: an array uint8 [cameras, 3, H, W] in their
+        order, or by name uint8 [3, H, W] each), state (float32, of the robot's own dimensions) and instruction (str).
+        Raises InputError for images and states that are not those of the robot.
+        """
+        robot, size = self.driven, len(observations)
         tokens, token_mask = self.tokenize([observation["instruction"] for observation in observations])
+        has = torch.tensor([camera in robot.cameras for camera in self.config.cameras])
         batch = {
-            "images": torch.from_numpy(np.stack([observation["images"] for observation in observations])),
-            "state": torch.from_numpy(np.stack([observation["state"] for observation in observations])),
+            "dataset": torch.full((size,), self._driven),
+            "images": torch.stack([self._images(observation["images"]) for observation in observations]),
+            "image_mask": has.repeat(size, 1),
+            "state": torch.stack([self._state(observation["state"]) for observation in observations]),
             "tokens": tokens,
             "token_mask": token_mask,
             "key": key,
         }
         return {name: value.to(self.state_norm.offset.device) for name, value in batch.items()}
 
+    def _images(self, seen: np.ndarray | dict[str, np.ndarray]) -> Tensor:
+        """What the driven robot sees, as all of the policy's cameras: uint8 [N, 3, h, w], 0 where it has none."""
+        robot, images = self.driven, seen
+        if not isinstance(seen, dict) and len(seen) == len(robot.cameras):
+            images = dict(zip(robot.cameras, seen, strict=True))
+        if not isinstance(images, dict) or images.keys() != set(robot.cameras):
+            found = f"images of {', '.join(seen)}" if isinstance(seen, dict) else f"{len(seen)} images"
+            expected = f"those of the cameras of {robot.name}: {', '.join(robot.cameras)}"
+            raise InputError(f"the observation has {found}, expected {expected}")
+        view = torch.zeros(len(self.config.cameras), 3, *self.config.image_size, dtype=torch.uint8)
+        for camera, image in images.items():
+            pixels = np.array(image)  # a copy: torch warns of memory that it may not write
+            if pixels.dtype != np.uint8 or pixels.ndim != 3 or len(pixels) != 3:
+                found = f"{pixels.dtype} {list(pixels.shape)}"
+                raise InputError(f"the observation's image of {camera} is {found}, expected uint8 [3, height, width]")
+            resized = resize_with_padding(torch.from_numpy(pixels)[None], self.config.image_size)
+            view[self.config.cameras.index(camera)] = resized[0]
+        return view
+
+    def _state(self, state: np.ndarray) -> Tensor:
+        """The driven robot's state with 0 in the dimensions that it lacks, float32 [P]."""
+        names, own = self.driven.state_names, np.array(state, np.float32)
+        if own.shape != (len(names),):
+            expected = f"the {len(names)} numbers of {self.driven.name}: {', '.join(names)}"
+            raise InputError(f"the observation's state has shape {list(own.shape)}, expected {expected}")
+        return F.pad(torch.from_numpy(own), (0, self.config.state_dim - len(names)))
+
     def reset(self, seed: int = 0) -> None:
         """Forget the queue of actions, at the start of an episode; `seed` fixes the noise of a flow head."""
         self._queue, self._seed, self._chunks, self._has_statistics = deque(), seed, 0, False
 
     def select_action(self, observation: dict) -> np.ndarray:
-        """The next action, float32 [A]: of a new chunk once the first n_action_steps of the last were given out."""
+        """The next action, float32 [the driven robot's dimensions], for an observation that `collate` takes.
+
+        It is of a new chunk once the first n_action_steps of the last were given out.
+        """
         if not self._queue:
             batch = self.collate([observation], keyed.derive(self._seed, torch.tensor([self._chunks])))
-            self._queue.extend(self.predict_chunk(batch)[0, : self.config.model.n_action_steps].cpu().numpy())
+            steps, dims = self.config.model.n_action_steps, len(self.driven.action_names)
+            self._queue.extend(self.predict_chunk(batch)[0, :steps, :dims].cpu().numpy())
             self._chunks += 1
         return self._queue.popleft()
 
 
 def check(config: PolicyConfig) -> None:
     """Raises InputError, naming the flag and what would fit, for a policy that cannot be built."""
-    model, loss, actions = config.model, config.model.loss, len(config.action_names)
+    model, loss, datasets = config.model, config.model.loss, config.datasets
+    names = [spec.name for spec in datasets]
+    if not names or len(set(names)) < len(names):
+        raise InputError(f"the data sets are named {names}; expected at least one, and each another name")
+    if len(names) > 1 and (taken := {action for spec in datasets for action in spec.action_names} & set(names)):
+        raise InputError(f"data set {min(taken)} is named like an action, so that its metrics are too; rename it")
+    for spec in datasets:
+        known = tuple(camera for camera in config.cameras if camera in spec.cameras)
+        if not known or known != tuple(spec.cameras):
+            raise InputError(
+                f"data set {spec.name} has the cameras {list(spec.cameras)}; expected one or more of "
+                f"{list(config.cameras)}, in this order"
+            )
+        dims = len(spec.action_names)
+        if wrong := [d for d in model.gripper_dims if not 0 <= d < dims]:
+            raise InputError(
+                f"--model.gripper_dims names {wrong}, but actions of {spec.name} have the dimensions 0 to {dims - 1}; "
+                "name dimensions that are grippers in every data set"
+            )
     height, width = config.image_size
     stride = model.vision_stride
     if stride < 2 or stride & (stride - 1) or height % stride or width % stride:
@@ -192,8 +301,6 @@ def check(config: PolicyConfig) -> None:
         raise InputError(f"--model.freeze names {', '.join(unknown)}; the modules are {', '.join(MODULES)}")
     if model.label_smoothing and model.head != "token":
         raise InputError(f"--model.label_smoothing has no effect with --model.head {model.head}; leave it out")
-    if wrong := [d for d in model.gripper_dims if not 0 <= d < actions]:
-        raise InputError(f"--model.gripper_dims names {wrong}, but actions have the dimensions 0 to {actions - 1}")
     if model.gripper_dims and model.head != "regression":
         raise InputError(
             f"--model.gripper_dims has no effect with --model.head {model.head}; leave it out, or use regression"
@@ -201,7 +308,7 @@ def check(config: PolicyConfig) -> None:
     used = {"flow": {"flow"}, "token": {"ce"}, "regression": set()}[model.head]
     if model.head == "regression":
         used |= {"bce"} if model.gripper_dims else set()
-        used |= {"l1", "mse"} if len(set(model.gripper_dims)) < actions else set()
+        used |= {"l1", "mse"} if len(set(model.gripper_dims)) < config.action_dim else set()
     for name, default in dataclasses.asdict(LossConfig()).items():
         weight = getattr(loss, name)
         if not 0 <= weight < math.inf:

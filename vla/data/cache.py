@@ -1,0 +1,81 @@
+"""Folders that are made once, whole or not at all, and shared by all processes of a machine and by later runs."""
+
+import fcntl
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from vla import InputError
+
+WORTH_A_WORD = 10_000_000  # bytes
+
+
+def built(done: Path, build: Callable[[Path], None], bytes_needed: int, what: str) -> Path:
+    """The folder `done`, which `build` fills (it is given a folder of another name) unless it is there.
+
+    Of several processes that call this at once one builds and the others wait; what a killed one has left is removed.
+    Raises InputError if the disk cannot be written or is too small.
+    """
+    if done.exists():
+        return done
+    try:
+        done.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(done.parent / "lock", "w")  # noqa: SIM115
+    except OSError as error:
+        raise InputError(f"cannot write {what} to {done.parent} ({error}): set --data.cache_dir") from error
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # released by the kernel, however this process ends
+        _remove_unfinished(done.parent)
+        if done.exists():
+            return done
+        free = shutil.disk_usage(done.parent).free
+        if bytes_needed > free:
+            raise InputError(
+                f"{what} need {size_of(bytes_needed)}, {done.parent} has {size_of(free)} free: make room, or set "
+                "--data.cache_dir, a smaller --data.image_size or --data.cache none"
+            )
+        if bytes_needed >= WORTH_A_WORD:
+            tqdm.write(f"{what}: {size_of(bytes_needed)} to {done}", file=sys.stderr)
+        unfinished = done.with_name(f"{done.name}.partial")
+        try:
+            unfinished.mkdir()
+            build(unfinished)
+            for path in [*unfinished.iterdir(), unfinished]:
+                _fsync(path)
+            unfinished.rename(done)
+            _fsync(done.parent)
+        finally:
+            _remove_unfinished(done.parent)
+    return done
+
+
+def allocate(path: Path, dtype: type, shape: tuple[int, ...]) -> np.memmap:
+    """A new .npy file, mapped, whose blocks the disk has given already.
+
+    A write through the map to a block that the disk cannot give would kill the process with SIGBUS.
+    """
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    with open(path, "r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
+
+
+def size_of(count: int) -> str:
+    """Bytes for people."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def _remove_unfinished(folder: Path) -> None:
+    for unfinished in folder.glob("*.partial"):
+        shutil.rmtree(unfinished)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)

@@ -1,0 +1,416 @@
+"""The numbers of a data set (states, actions, tasks), checked and laid out frame by frame in files that are mapped.
+
+Reading them from parquet takes minutes for 10⁸ frames, so it is done once; the result lies in a folder named after
+the files it came from (path, size, time of change), and all processes and later runs map it.
+Dimensions: E episodes, F frames, P state, A action, R rows of a batch, D numbers of a feature.
+"""
+
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from vla import InputError
+from vla.data.cache import allocate, built
+from vla.data.faults import Fault
+from vla.data.layout import Files, Layout
+from vla.data.video import Video
+
+VERSION = 1  # of the files written here
+ROWS = 1 << 18  # of a parquet file read at once
+TAIL_BYTES = 1 << 16  # the end of a parquet or mp4 file has the sizes of all that it holds
+INDICES = ["episode_index", "frame_index", "timestamp", "index", "task_index"]
+
+
+class Index:
+    """The numbers of all episodes, laid out as long as the metadata say; those of a faulty one may be 0.
+
+    layout: the data set. state, action, cameras: features. tolerance_s: how far the time of a frame, in the data or in
+    a video, may lie from frame_index / fps. folder: holds the index, which is made unless it is there.
+    Raises InputError if that cannot be written, or a feature is missing or no list of numbers.
+
+    Attributes: names of the P and A dimensions, num_frames F, first_row int64 [E] (of an episode in its data file),
+    digest (identifies the content, wherever it lies), faults (in numbers and videos).
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        state: tuple[str, ...],
+        action: tuple[str, ...],
+        cameras: list[str],
+        tolerance_s: float,
+        folder: Path,
+    ):
+        self.state_names, self.action_names = _names(layout, state), _names(layout, action)
+        self.num_frames = int(layout.lengths.sum())
+        files = [*layout.data.paths, *(path for key in cameras for path in _videos(layout, key).paths)]
+        made_from = [VERSION, state, action, cameras, tolerance_s, layout.stamp(files)]
+        self._folder = built(
+            folder / f"index-{hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]}",
+            lambda unfinished: _build(unfinished, self, layout, state, action, cameras, tolerance_s),
+            bytes_needed=self.num_frames * 4 * (len(self.state_names) + len(self.action_names) + 1),
+            what=f"numbers of {layout.root}",
+        )
+        content = json.loads((self._folder / "index.json").read_text())
+        self.digest = content["digest"]
+        self.faults = [
+            Fault(file, text, episodes if episodes is None else tuple(episodes), kind)
+            for file, text, episodes, kind in content["faults"]
+        ]
+        self.first_row = np.load(self._folder / "first_row.npy")
+
+    # Mapped anew at each use: a worker inherits a path, forked or spawned, and holds no pages for longer.
+    @property
+    def state(self) -> np.ndarray:
+        """float32 [F, P]."""
+        return np.load(self._folder / "state.npy", mmap_mode="r")
+
+    @property
+    def actions(self) -> np.ndarray:
+        """float32 [F, A]."""
+        return np.load(self._folder / "actions.npy", mmap_mode="r")
+
+    @property
+    def task_index(self) -> np.ndarray:
+        """int32 [F]."""
+        return np.load(self._folder / "task_index.npy", mmap_mode="r")
+
+
+def _names(layout: Layout, keys: tuple[str, ...]) -> tuple[str, ...]:
+    names = []
+    for key in keys:
+        feature = layout.features.get(key, {})
+        shape = feature.get("shape")
+        if not shape or len(shape) != 1 or shape[0] < 1 or feature["dtype"] in ("string", "language"):
+            found = f"{feature['dtype']} of shape {shape}" if feature else f"not among {sorted(layout.features)}"
+            cure = "name other features with --data.state and --data.action"
+            raise InputError(f"{layout.root}/meta/info.json: {key!r} is {found}, expected numbers of shape [D]: {cure}")
+        own, dim = feature.get("names"), shape[0]
+        if isinstance(own, dict) and len(own) == 1:  # {"motors": [...]}
+            (own,) = own.values()
+        named = isinstance(own, list) and len(own) == dim
+        names += [str(name) for name in own] if named else [f"{key}_{i}" for i in range(dim)]
+    return tuple(names)
+
+
+def _videos(layout: Layout, key: str) -> Files:
+    return layout.videos.get(key, Files([], np.empty(0)))
+
+
+def _build(
+    folder: Path,
+    index: Index,
+    layout: Layout,
+    state: tuple[str, ...],
+    action: tuple[str, ...],
+    cameras: list[str],
+    tolerance_s: float,
+) -> None:
+    columns = {"state": state, "actions": action}
+    reader = _Reader(folder, index, layout, columns, tolerance_s)
+    images = [key for key in cameras if layout.features[key]["dtype"] == "image"]
+    for file in tqdm(range(len(layout.data.paths)), desc="reading numbers", unit="file", mininterval=1, delay=1):
+        reader.read(file, images)
+    faults = reader.finish()
+    videos = [(key, file) for key in cameras for file in range(len(_videos(layout, key).paths))]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        check = partial(check_video, layout, tolerance_s=tolerance_s)
+        found = pool.map(check, *zip(*videos, strict=True)) if videos else []
+        for of_one in tqdm(found, total=len(videos), desc="checking videos", unit="file", mininterval=1, delay=1):
+            faults += of_one
+    pictures = layout.data.paths if images else []
+    for path in [*pictures, *(path for key in cameras for path in _videos(layout, key).paths)]:
+        reader.digest.update(f"{path} ".encode() + _tail(layout.root / path))
+    rows = [(fault.file, fault.text, fault.episodes, fault.kind) for fault in faults]
+    np.save(folder / "first_row.npy", reader.first_row)
+    (folder / "index.json").write_text(json.dumps({"digest": reader.digest.hexdigest(), "faults": rows}))
+
+
+def _tail(path: Path) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - TAIL_BYTES))
+            return f"{size} ".encode() + file.read()
+    except OSError:
+        return b"missing"
+
+
+class _Reader:
+    """Reads the data files one after the other, in bounded memory, and notes what is wrong with each episode."""
+
+    def __init__(
+        self, folder: Path, index: Index, layout: Layout, columns: dict[str, tuple[str, ...]], tolerance: float
+    ):
+        self.layout, self.columns, self.tolerance = layout, columns, tolerance
+        self.names = {"state": index.state_names, "actions": index.action_names}
+        shapes = {name: (np.float32, (index.num_frames, len(names))) for name, names in self.names.items()}
+        shapes["task_index"] = np.int32, (index.num_frames,)
+        self.files = {name: folder / f"{name}.npy" for name in shapes}
+        for name, shape in shapes.items():
+            allocate(self.files[name], *shape)
+        self.start = np.cumsum(layout.lengths) - layout.lengths  # [E]
+        self.seen, self.last_row = np.zeros_like(self.start), np.zeros_like(self.start)
+        self.first_row = np.zeros_like(self.start)
+        self.index_from = layout.index_from.copy()
+        # In v2.1 the index of an episode follows from the lengths of those before, unless one of these is wrong.
+        self.index_known = np.diff(layout.episodes, prepend=-1) == 1
+        self.index_known |= layout.version == "v3.0"
+        self.digest = hashlib.sha256(json.dumps([layout.fps, *columns.values(), *self.names.values()]).encode())
+        self.digest.update(json.dumps(layout.instructions).encode())
+        self.digest.update(layout.lengths)
+        self.found: dict[tuple[str, str, str], list[int]] = {}  # episodes by (file, column, text)
+        self.noted: set[tuple[str, int]] = set()  # (column, episode): one fault of a kind for each
+        self.low = np.full(len(index.action_names), np.inf)
+        self.high = -self.low
+        self.tasks_of: dict[int, set[int]] = {}  # values of the column task_id by task_index
+        self.empty: dict[int, set[int]] = {}  # episodes by task_index whose instruction is empty
+
+    def note(self, file: str, column: str, row: int, text: str) -> None:
+        """Of one fault in many frames of an episode the first is told."""
+        if (column, row) not in self.noted:
+            self.noted.add((column, row))
+            self.found.setdefault((file, column, text), []).append(int(self.layout.episodes[row]))
+
+    def read(self, file: int, images: list[str]) -> None:
+        layout, path = self.layout, self.layout.data.paths[file]
+        of_file = np.flatnonzero(layout.data.of == file)
+        features = [*self.columns["state"], *self.columns["actions"]]
+        # Mapped anew for each file, as pages that were written would count as this process's memory.
+        self.arrays = {name: np.load(file, mmap_mode="r+") for name, file in self.files.items()}
+        try:
+            with pq.ParquetFile(layout.root / path) as parquet:
+                has = parquet.schema_arrow.names
+                if missing := sorted({*features, *INDICES, *images} - set(has)):
+                    raise InputError(f"lacks the columns {missing}, expected them as in meta/info.json")
+                for key in images:
+                    kind = parquet.schema_arrow.field(key).type
+                    if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
+                        raise InputError(f"has {key} as {kind}, expected each image's bytes in a struct")
+                wanted = [*features, *INDICES, *({"task_id"} & set(has) - set(features))]
+                rows = 0
+                for batch in parquet.iter_batches(ROWS, columns=wanted):
+                    self._take(path, of_file, batch, rows)
+                    rows += len(batch)
+        except (OSError, pa.ArrowException, InputError) as error:
+            reason = str(error)
+            if not isinstance(error, InputError):
+                missing = not (layout.root / path).exists()
+                reason = "is missing" if missing else f"is unreadable ({reason.splitlines()[0]})"
+            for row in of_file:
+                self.note(path, "", row, reason)
+            self._doubt_index_after(of_file)
+            return
+        for row in of_file[self.seen[of_file] != layout.lengths[of_file]]:
+            self.note(path, "", row, f"has {self.seen[row]} rows, expected {layout.lengths[row]}")
+            self._doubt_index_after(row)
+        apart = self.last_row[of_file] - self.first_row[of_file] + 1 != self.seen[of_file]
+        for row in of_file[apart & (self.seen[of_file] > 0)]:
+            self.note(path, "", row, "its rows lie apart, expected one after the other")
+
+    def _doubt_index_after(self, rows: np.ndarray) -> None:
+        if self.layout.version != "v3.0":
+            self.index_known[np.minimum(rows + 1, len(self.index_known) - 1)] = False
+
+    def _take(self, path: str, of_file: np.ndarray, batch: pa.RecordBatch, rows_before: int) -> None:
+        layout = self.layout
+        number = _integers(batch, "episode_index")
+        row = of_file[np.searchsorted(layout.episodes[of_file], number).clip(max=len(of_file) - 1)]  # [R] in [0, E)
+        known = layout.episodes[row] == number
+        for stranger in np.unique(number[~known]):
+            self.found[path, "episode_index", f"has rows of episode {stranger}, expected none here"] = []
+        batch, row, in_file = batch.filter(pa.array(known)), row[known], rows_before + np.flatnonzero(known)
+        if not len(row):
+            return
+        # The place of each row in its episode, whose rows may have begun in the batch before.
+        order = np.argsort(row, kind="stable")
+        bounds = np.flatnonzero(np.diff(row[order], prepend=-1))
+        counts = np.diff(bounds, append=len(row))
+        present = row[order][bounds]
+        within = np.empty(len(row), dtype=np.int64)
+        within[order] = np.arange(len(row)) - np.repeat(bounds - self.seen[present], counts)
+        starting = present[self.seen[present] == 0]
+        self.first_row[starting] = in_file[order][bounds][self.seen[present] == 0]
+        self.last_row[present] = in_file[order][bounds + counts - 1]
+        self.seen[present] += counts
+        fits = within < layout.lengths[row]
+        place = (self.start[row] + within)[fits]
+
+        def check(column: str, good: np.ndarray, tell) -> None:
+            for bad in np.flatnonzero(~good):
+                if (column, row[bad]) not in self.noted:
+                    self.note(path, column, row[bad], f"frame {within[bad]}: {column} is {tell(bad)}")
+
+        tasks = _integers(batch, "task_index")
+        times = batch["timestamp"].cast(pa.float64()).to_numpy(zero_copy_only=False)
+        due = within / layout.fps
+        # A float32 of an hour is exact to 0.1 ms only.
+        late = np.abs(times - due) <= self.tolerance + np.abs(due) * 2.0**-23
+        index, frame = _integers(batch, "index"), _integers(batch, "frame_index")
+        for at in starting[~self.index_known[starting]]:
+            self.index_from[at:] += index[row == at][0] - self.index_from[at]
+        expected_index = self.index_from[row] + within
+        check("frame_index", frame == within, lambda i: f"{frame[i]}, expected {within[i]}")
+        check("timestamp", late, lambda i: f"{times[i]:.6g} s, expected {due[i]:.6g} within {self.tolerance:g}")
+        check("index", index == expected_index, lambda i: f"{index[i]}, expected {expected_index[i]}")
+        task_good = (tasks >= 0) & (tasks < len(layout.instructions))
+        expected = f"0 to {len(layout.instructions) - 1} as in {layout.tasks_file}"
+        check("task_index", task_good, lambda i: f"{tasks[i]}, expected {expected}")
+        self.arrays["task_index"][place] = np.where(task_good, tasks, 0)[fits]
+        for task in np.unique(tasks[task_good]):
+            if not layout.instructions[task]:
+                self.empty.setdefault(int(task), set()).update(layout.episodes[row[tasks == task]].tolist())
+        if "task_id" in batch.schema.names:
+            pairs = pa.table({"task": tasks, "kind": batch["task_id"]}).group_by(["task", "kind"]).aggregate([])
+            for pair in pairs.to_pylist():
+                self.tasks_of.setdefault(pair["task"], set()).add(str(pair["kind"]))
+
+        for name, features in self.columns.items():
+            parts = []
+            for feature in features:
+                dim = layout.features[feature]["shape"][0]
+                values, lengths = _vectors(batch[feature], dim)
+                check(
+                    feature,
+                    lengths == dim,
+                    lambda i, n=lengths, d=dim: f"{n[i]} numbers, expected {d} as in meta/info.json",
+                )
+                names = self.names[name][sum(part.shape[1] for part in parts) :]
+                check(feature, np.isfinite(values).all(1), lambda i, v=values, n=names: _not_finite(v[i], n))
+                parts.append(values)
+            values = np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
+            self.digest.update(np.ascontiguousarray(values))
+            self.arrays[name][place] = np.nan_to_num(values[fits], posinf=0, neginf=0)
+            if name == "actions":
+                finite = np.where(np.isfinite(values), values, np.nan)
+                self.low = np.fmin(self.low, np.fmin.reduce(finite))
+                self.high = np.fmax(self.high, np.fmax.reduce(finite))
+        self.digest.update(np.ascontiguousarray(tasks))
+
+    def finish(self) -> list[Fault]:
+        layout = self.layout
+        faults = [
+            Fault(path, text, tuple(episodes), "" if column else "unreadable")
+            for (path, column, text), episodes in self.found.items()
+        ]
+        for task, episodes in sorted(self.empty.items()):
+            text = f"the instruction of task_index {task} is empty, expected words"
+            faults.append(Fault(layout.tasks_file, text, tuple(sorted(episodes))))
+        same: dict[str, list[int]] = {}
+        for task, text in enumerate(layout.instructions):
+            if text:
+                same.setdefault(" ".join(text.lower().split()), []).append(task)
+        expected = "expected one instruction for each task"
+        for tasks in same.values():
+            if len(tasks) > 1:
+                found = (
+                    f"task_index {', '.join(map(str, tasks))} share the instruction {layout.instructions[tasks[0]]!r}"
+                )
+                faults.append(Fault(layout.tasks_file, f"{found}, {expected}", None, "shared_instruction"))
+        for task, kinds in sorted(self.tasks_of.items()):
+            if len(kinds) > 1 and 0 <= task < len(layout.instructions):
+                found = f"task_id {', '.join(sorted(kinds))} share the instruction {layout.instructions[task]!r}"
+                faults.append(Fault(layout.tasks_file, f"{found}, {expected}", None, "shared_instruction"))
+        for i in np.flatnonzero(self.low == self.high):
+            text = f"action {self.names['actions'][i]} is {self.low[i]:g} in all frames, expected values that vary"
+            faults.append(Fault("data", text, None, "constant_action"))
+        return faults
+
+
+def _integers(batch: pa.RecordBatch, column: str) -> np.ndarray:
+    """A column as int64 [R], -1 where it is null."""
+    return pc.fill_null(batch[column].cast(pa.int64()), -1).to_numpy(zero_copy_only=False)
+
+
+def _vectors(column: pa.Array, dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """A column of lists, or of single numbers, as float32 [R, dim] and the number in each row, int64 [R].
+
+    Rows of another number, and what is null, become NaN.
+    """
+    if not pa.types.is_nested(column.type):
+        values = column.cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False)[:, None]
+        return (values if dim == 1 else np.full((len(values), dim), np.nan, np.float32)), np.ones(len(values), np.int64)
+    lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+    good = lengths == dim
+    flat = pc.list_flatten(column if good.all() else column.filter(pa.array(good))).cast(pa.float32(), safe=False)
+    values = np.full((len(lengths), dim), np.nan, np.float32)
+    values[good] = flat.to_numpy(zero_copy_only=False).reshape(-1, dim)
+    return values, lengths
+
+
+def _not_finite(values: np.ndarray, names: tuple[str, ...]) -> str:
+    i = int(np.flatnonzero(~np.isfinite(values))[0])
+    return f"{values[i]} in {names[i]}, expected a finite number"
+
+
+def nearest(times: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """The places of those of the ascending times [F] that lie nearest to the wanted ones: float64 [n] -> int64 [n]."""
+    after = np.searchsorted(times, wanted).clip(1, max(1, len(times) - 1))
+    after = np.minimum(after, len(times) - 1)
+    before = np.maximum(after - 1, 0)
+    return np.where(wanted - times[before] <= times[after] - wanted, before, after)
+
+
+def check_video(layout: Layout, key: str, file: int, tolerance_s: float) -> list[Fault]:
+    """Faults of one video file, as far as its own index tells them: no frame is decoded."""
+    files = layout.videos[key]
+    path, rows = files.paths[file], np.flatnonzero(files.of == file)
+    try:
+        video = Video(layout.root / path)
+    except InputError as error:
+        text = str(error).removeprefix(f"{layout.root / path}").lstrip(": ")
+        return [Fault(path, text, tuple(layout.episodes[rows].tolist()), "unreadable")]
+    times, faults = video.times, []
+    if (video.height, video.width) != (expected := layout.image_size(key)):
+        text = (
+            f"pictures are {video.height} x {video.width}, expected {expected[0]} x {expected[1]} as in meta/info.json"
+        )
+        faults.append(Fault(path, text, tuple(layout.episodes[rows].tolist()), "unreadable"))
+    video.close()
+    misplaced = _misplaced(layout, files, rows)
+    for row in rows.tolist():
+        if row in misplaced:
+            faults.append(Fault(layout.episodes_file, f"{key} {misplaced[row]}", (int(layout.episodes[row]),)))
+            continue
+        wanted = files.start[row] + np.arange(layout.lengths[row]) / layout.fps
+        shown = times[nearest(times, wanted)]
+        if len(bad := np.flatnonzero(~(np.abs(shown - wanted) <= tolerance_s))):
+            due, shown = wanted[bad[0]], shown[bad[0]]
+            text = f"frame {bad[0]} should be shown at {due:.4f} s, the nearest one is at {shown:.4f} s"
+            if due > times[-1]:
+                held = len(wanted) - len(bad)
+                text = f"the video ends at {times[-1]:.4f} s and has {held} of its {layout.lengths[row]} frames"
+            faults.append(Fault(path, text, (int(layout.episodes[row]),)))
+    return faults
+
+
+def _misplaced(layout: Layout, files: Files, rows: np.ndarray) -> dict[int, str]:
+    """What is wrong with the places that the metadata give to the episodes of one video, by a frame or more."""
+    found: dict[int, str] = {}
+    if files.stop is None:
+        return found
+    due, half = 0.0, 0.5 / layout.fps
+    for row in rows.tolist():
+        start, stop, length = files.start[row], files.stop[row], layout.lengths[row]
+        lasting = length / layout.fps
+        if layout.episodes[row] != (layout.episodes[row - 1] + 1 if row else 0):
+            due = start  # nobody knows how long those in between last
+        moved = not abs(start - due) < half
+        if moved:
+            where = "where the one before ends" if due else "the beginning of its file"
+            found[row] = f"begins at {start:.4f} s, expected {due:.4f}, {where}"
+        elif not stop - start > lasting - half:
+            found[row] = f"lasts from {start:.4f} to {stop:.4f} s, expected {lasting:.4f} s for its {length} frames"
+        # Which of the two is wrong? The end is right if the start alone was moved.
+        right_end = not moved or abs(stop - start - lasting) >= half
+        due = stop if right_end and stop - due > lasting - half else due + lasting
+    return found

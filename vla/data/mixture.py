@@ -1,0 +1,119 @@
+"""Several data sets as one: which of them a sample comes from, their cameras matched, their dimensions made equal.
+
+Dimensions: K data sets, B batch.
+"""
+
+import math
+from collections.abc import Iterator
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from vla import InputError, keyed
+from vla.config import DataConfig
+from vla.data.hub import dataset_name
+from vla.data.lerobot import LeRobotDataset
+
+LARGEST_BLOCK = 10_000
+BLOCKS = -1 << 61  # keys of the blocks' orders are derived from counters down from here (see vla/data/stream.py)
+
+
+class Mixture:
+    """Data sets that are trained on together, at fixed shares.
+
+    datasets: [K], with different names. weights: how many samples come from each, in proportion; none for one data set.
+    cameras: all that they have, in the policy's order; by default as they are found.
+    In each block of `block` consecutive positions of the stream data set k has exactly counts[k] samples.
+    Raises InputError where they cannot be one.
+    """
+
+    def __init__(self, datasets: list[LeRobotDataset], weights: tuple[float, ...] = (), cameras: tuple[str, ...] = ()):
+        self.datasets = datasets
+        self.cameras = cameras or tuple(dict.fromkeys(camera for data in datasets for camera in data.cameras))
+        self.image_size = datasets[0].image_size
+        self.counts = _whole_numbers(weights or (1.0,) * len(datasets))
+        self.block = sum(self.counts)
+
+    def in_order(self, cameras: tuple[str, ...]) -> tuple[str, ...]:
+        """These cameras in the policy's order."""
+        return tuple(camera for camera in self.cameras if camera in cameras)
+
+    def draw(self, position: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """The data set of each position of the stream, and the position in that data set's own endless stream.
+
+        int64 [B] -> int64 [B], int64 [B]. Each position of each own stream is drawn once, in order of the blocks.
+        """
+        if len(self.counts) == 1:
+            return torch.zeros_like(position), position
+        block, place = position // self.block, position % self.block
+        place = keyed.permute(place, self.block, keyed.derive(seed, BLOCKS - block))
+        counts = torch.tensor(self.counts)
+        ends = counts.cumsum(0)
+        dataset = torch.searchsorted(ends, place, right=True)
+        return dataset, block * counts[dataset] + place - (ends - counts)[dataset]
+
+
+def _whole_numbers(weights: tuple[float, ...]) -> list[int]:
+    """The smallest whole numbers in the proportion of the weights, as they were written: 0.7 0.3 -> 7, 3."""
+    exact = [Fraction(repr(weight)) for weight in weights]
+    scale = math.lcm(*(weight.denominator for weight in exact))
+    counts = [int(weight * scale) for weight in exact]
+    counts = [count // math.gcd(*counts) for count in counts]
+    if sum(counts) > LARGEST_BLOCK:
+        raise InputError(
+            f"--data.weights {' '.join(map(str, weights))} repeat after {sum(counts)} samples only, expected at most "
+            f"{LARGEST_BLOCK}: round them"
+        )
+    return counts
+
+
+def open_datasets(config: DataConfig) -> Mixture:
+    """Open what --data says. Raises InputError, naming the flag, where data sets and flags do not fit together."""
+    if len(config.weights) != len(config.path) and (config.weights or len(config.path) > 1):
+        raise InputError(
+            f"--data.path names {len(config.path)} data sets and --data.weights {len(config.weights)} shares; give one "
+            "for each, such as 0.7 0.3"
+        )
+    if bad := [weight for weight in config.weights if not 0 < weight < math.inf]:
+        raise InputError(f"--data.weights has {bad[0]}; expected more than 0 (leave the data set out)")
+    datasets = [
+        LeRobotDataset(
+            path,
+            cameras=config.cameras,
+            rename=dict(_renamed(config.camera_map, path)),
+            some_cameras=len(config.path) > 1,
+            state=config.state,
+            action=config.action,
+            image_size=config.image_size or None,
+            cache=config.cache,
+            cache_dir=config.cache_dir or None,
+            tolerance_s=config.tolerance_s,
+            skip_bad=config.skip_bad,
+            accept=config.accept,
+        )
+        for path in config.path
+    ]
+    mixture, names = Mixture(datasets, config.weights, config.cameras), [data.name for data in datasets]
+    if len(set(names)) < len(names):
+        raise InputError(f"--data.path has data sets of one name, {', '.join(names)}: rename a folder")
+    if missing := sorted(set(config.cameras) - {camera for data in datasets for camera in data.cameras}):
+        raise InputError(f"--data.cameras names {', '.join(missing)}, which none of {', '.join(names)} has: correct it")
+    for attribute, cure in (("image_size", "give --data.image_size"), ("state_dim", PAD), ("action_dim", PAD)):
+        found = {data.name: getattr(data, attribute) for data in datasets}
+        if len(set(found.values())) > 1 and not (cure == PAD and config.pad_dims):
+            raise InputError(f"the data sets have {attribute} {found}, expected one value: {cure}")
+    return mixture
+
+
+PAD = "name features with --data.state and --data.action, or give --data.pad_dims"
+
+
+def _renamed(camera_map: tuple[str, ...], path: str) -> Iterator[tuple[str, str]]:
+    for entry in camera_map:
+        own, _, name = entry.partition("=")
+        dataset, _, camera = own.rpartition(":")
+        if not camera or not name:
+            raise InputError(f"--data.camera_map has {entry!r}; expected camera=name or dataset:camera=name")
+        if dataset in ("", dataset_name(path)):
+            yield camera, name
