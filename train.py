@@ -55,6 +55,9 @@ def main(config: configuration.TrainConfig) -> None:
 
     # ---- Data: whole episodes are held out; the statistics are those of the rest.
     data = open_datasets(config.data)
+    digests = [dataset.digest for dataset in data.datasets]
+    if resuming:
+        checkpoint.check_data(checkpoints, digests)
     specs = tuple(
         DatasetSpec(d.name, data.in_order(d.cameras), d.state_names, d.action_names, d.fps) for d in data.datasets
     )
@@ -98,15 +101,10 @@ def main(config: configuration.TrainConfig) -> None:
     unjudged |= {"metric": config.eval.metric}
     state = unjudged | {"step": 0, "score": None, "seconds": 0.0, "rollbacks": 0, "left_out": []}
     state |= {"skipped_updates": 0, "bad_in_a_row": 0, "loss_average": 0.0}
-    state |= {"data": [dataset.digest for dataset in data.datasets]}
+    state |= {"data": digests}
 
     def restored(resume_from: str, passed_over: Iterable[Path] = ()) -> tuple[dict, Path]:
         saved, path = checkpoint.restore(accelerator, resume_from, checkpoints, ema, passed_over)
-        if saved["data"] != state["data"]:
-            raise InputError(
-                f"--data.path {' '.join(config.data.path)} is not what {path} was trained on, so the run cannot go on "
-                "exactly: bring the data back as they were, or start a new run with --init_from"
-            )
         if saved["metric"] != config.eval.metric:  # what was best by another measure tells nothing
             saved |= unjudged
         return saved, path

@@ -219,6 +219,21 @@ def restore(
         passed_over.add(path)
 
 
+def check_data(folder: Path, digests: list[str]) -> None:
+    """Raises InputError if the run's checkpoints were made with other data sets than those of these digests."""
+    for path in reversed(all_steps(folder).values()):
+        try:
+            recorded = read_state(path)["data"]
+        except (InputError, KeyError):  # a damaged one; `find` says so
+            continue
+        if recorded != digests:
+            raise InputError(
+                f"the data of --data.path are not those that {path} was trained on, so the run cannot go on exactly: "
+                "bring them back as they were, or start a new run with --init_from"
+            )
+        return
+
+
 def verify(path: Path, sizes_only: bool = False) -> None:
     """Raises InputError, naming the file, unless the checkpoint is exactly what was committed."""
     try:

@@ -127,6 +127,16 @@ def damaged_page(name, path=DATA, group=1):
     return plant
 
 
+def damaged_names(path):
+    """A plant: names of columns that are no text."""
+
+    def plant(root):
+        data = (root / path).read_bytes()
+        (root / path).write_bytes(data.replace(b"task_index", b"task\xff\xfe\xff\xfe\xff\xfe"))
+
+    return plant
+
+
 def damaged_packet(number):
     def plant(root):
         with av.open(str(root / VIDEO)) as container:
@@ -374,6 +384,12 @@ FAULTS = {
             f"{DATA}: episode 1: has 4 rows, expected 3",
             "*",
         ],
+        {1},
+    ),
+    "row twice, the second time behind all others": (
+        "png",
+        rows([*range(F), 5]),
+        [f"{DATA}: episode 1: has 4 rows, expected 3", "*"],
         {1},
     ),
     "all rows of an episode missing": (
@@ -924,7 +940,14 @@ REFUSED = {
     "action of words": ("png", feature("action", dtype="string", shape=[1]), ["string of shape [1], expected numbers"]),
     "action of nothing": ("png", feature("action", shape=[0]), ["float32 of shape [0], expected numbers of shape [D]"]),
     "no camera": ("png", no_cameras, ["has cameras []", "expected at least one", "--data.cameras"]),
-    "image of two numbers": ("png", feature(TABLE, shape=[16, 32]), ["shape [16, 32], expected three numbers"]),
+    "image of two numbers": ("png", feature(TABLE, shape=[16, 32]), ["shape [16, 32], expected three numbers above 0"]),
+    "image of no height": (
+        "png",
+        feature(TABLE, shape=[3, 0, 32]),
+        ["shape [3, 0, 32], expected three numbers above 0"],
+    ),
+    "shape of words": ("png", feature(TABLE, shape=[3, True, 32]), ["expected its dtype and shape"]),
+    "words of no alphabet": ("png", damaged_names(TASKS), [f"{TASKS} is missing or unreadable"]),
     "episodes missing": ("png", removed(EPISODES), ["meta/episodes has no parquet file, expected at least 1", REPAIR]),
     "episodes cut short": ("png", shorter(EPISODES), [f"{EPISODES} is missing or unreadable", REPAIR]),
     "episodes of none": ("png", rows([], EPISODES), ["meta/episodes has no episode, expected at least 1"]),

@@ -320,7 +320,7 @@ def test_size_place_and_progress_are_told(root, capfd, monkeypatch):
 def test_too_small_a_disk_is_refused_before_decoding(root, decoded):
     with pytest.raises(InputError) as refusal:
         LeRobotDataset(root, image_size=HUGE)
-    for text in ("need 57000.0 GB", f"{root}/.vla_cache has ", "GB free", "--data.cache_dir", "--data.cache none"):
+    for text in ("need 114000.0 GB", f"{root}/.vla_cache has ", "GB free", "--data.cache_dir", "--data.cache none"):
         assert text in str(refusal.value)
     assert not decoded
     assert caches(root / ".vla_cache") == ["index", "lock"]
@@ -329,7 +329,7 @@ def test_too_small_a_disk_is_refused_before_decoding(root, decoded):
 def test_too_small_a_memory_is_refused_before_decoding(root, decoded):
     with pytest.raises(InputError) as refusal:
         LeRobotDataset(root, image_size=HUGE, cache="memory")
-    for text in ("need 57000.0 GB of memory", "GB are free", "--data.cache disk or none", "--data.image_size"):
+    for text in ("need 114000.0 GB of memory", "GB are free", "--data.cache disk or none", "--data.image_size"):
         assert text in str(refusal.value)
     assert not decoded
 
@@ -453,7 +453,7 @@ def test_broken_picture_is_told_as_well_without_a_cache_on_the_disk(codec, tmp_p
     root = write(tmp_path / "set", codec=codec)
     expected, whole = stored(root), np.delete(EVERY, np.s_[6:15])
     damage_video(root) if codec == "h264" else as_row_7(b"no image")(root)
-    with pytest.raises(InputError, match="(?s)episode 2: .*--data.skip_bad to leave out"):
+    with pytest.raises(InputError, match=r"(?s)episode 2: .*--data.skip_bad to leave out"):
         LeRobotDataset(root, cache="memory")
     data = LeRobotDataset(root, cache="memory", skip_bad=True)
     np.testing.assert_array_equal(data.images(whole), expected[whole])

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from training import train
 
 from vla import InputError
 from vla.data.lerobot import LeRobotDataset
-from vla.data.loader import AHEAD, SLOTS, loader
+from vla.data.loader import SLOTS, loader
 from vla.data.mixture import Mixture
 from vla.data.stream import training_positions
 
@@ -215,10 +216,8 @@ def test_killed_worker_is_an_error_and_no_hang(workers, stream):
     source = batches(stream, 10**9, workers)
     next(source)
     os.kill(worker_pids()[0], signal.SIGKILL)
-    started = time.perf_counter()
     with pytest.raises(RuntimeError, match=r"DataLoader worker \(pid"):
-        for _ in source:
-            assert time.perf_counter() - started < 20
+        deque(source, maxlen=0)
 
 
 def test_workers_are_deaf_to_the_signals_of_a_scheduler(stream):

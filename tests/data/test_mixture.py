@@ -281,10 +281,12 @@ REFUSED = {
     "infinite weight": ({"weights": (1.0, float("inf"))}, ["--data.weights has inf"]),
     "weight that is no number": ({"weights": (float("nan"), 1.0)}, ["--data.weights has nan"]),
     "weights too fine": ({"weights": (0.33333, 0.66667)}, ["--data.weights 0.33333 0.66667", "100000", "round them"]),
-    "dims": ({"pad_dims": False}, ["state_dim {'first': 2, 'second': 3}", "--data.state", "--data.pad_dims"]),
+    "dims": ({"pad_dims": False}, ["number of states, {'first': 2, 'second': 3}", "--data.state", "--data.pad_dims"]),
     "unknown camera": ({"cameras": ("gripper", "top")}, ["--data.cameras names top", "none of first, second"]),
     "no camera of one": ({"cameras": ("table",)}, ["second has cameras ['gripper', 'side']", "--data.cameras"]),
     "one name for two": ({"camera_map": ("side=gripper",)}, ["second: cameras", "in common", "--data.camera_map"]),
+    "map of no camera": ({"camera_map": ("sude=top",)}, ["'sude'", "first", "table, gripper", "--data.camera_map"]),
+    "map of no data set": ({"camera_map": ("third:side=top",)}, ["'side'", "first, second", "--data.camera_map"]),
     "map without name": ({"camera_map": ("side",)}, ["--data.camera_map has 'side'", "dataset:camera=name"]),
     "map without camera": ({"camera_map": ("second:=top",)}, ["--data.camera_map has 'second:=top'"]),
 }
@@ -306,7 +308,7 @@ def test_weights_for_one_data_set_are_refused_unless_it_is_one(roots):
 def test_data_sets_that_differ_in_actions_alone_are_refused_unless_padded(tmp_path):
     paths = [write(tmp_path / "a"), write(tmp_path / "b", 1, dims=(2, 3))]
     with pytest.raises(
-        InputError, match=r"action_dim {'a': 1, 'b': 3}, expected one value: .* or give --data.pad_dims"
+        InputError, match=r"number of actions, {'a': 1, 'b': 3}, expected one value: .* or give --data.pad_dims"
     ):
         opened(paths, pad_dims=False)
     assert samples(opened(paths)).batch(range(3))["actions"].shape == (3, 4, 3)
@@ -315,7 +317,7 @@ def test_data_sets_that_differ_in_actions_alone_are_refused_unless_padded(tmp_pa
 def test_data_sets_of_one_name_are_refused(roots, tmp_path):
     shutil.copytree(roots[1], tmp_path / "first")
     for other in (tmp_path / "first", roots[0]):
-        with pytest.raises(InputError, match="--data.path has data sets of one name, first, first: rename a folder"):
+        with pytest.raises(InputError, match=r"--data.path has data sets of one name, first, first: rename a folder"):
             opened([roots[0], other])
 
 
@@ -369,7 +371,7 @@ def test_policy_of_two_data_sets_acts_as_either_robot(both, arm, uninterrupted):
     assert all(np.isfinite(list(loss.values())).all() for loss in losses)
     policy, world = VLAPolicy.from_pretrained(run / "export"), Tabletop()
     observation = world.reset(7)
-    with pytest.raises(InputError, match="trained on tabletop, arm: say with policy.drive"):
+    with pytest.raises(InputError, match=r"trained on tabletop, arm: say with policy.drive"):
         policy.select_action(observation)
     policy.drive("tabletop")
     action = policy.select_action(observation)
@@ -390,7 +392,7 @@ def test_policy_of_two_data_sets_acts_as_either_robot(both, arm, uninterrupted):
 def stopped(both, flags, tmp_path_factory):
     """A run on two data sets that was killed after step 5."""
     run = tmp_path_factory.mktemp("stopped") / "run"
-    (killed,) = train(*flags, *both, "--run_dir", run, before=die_at(7))
+    train(*flags, *both, "--run_dir", run, before=die_at(7))
     assert steps(run) == [5]
     return run
 
@@ -424,9 +426,9 @@ def test_run_whose_data_have_changed_is_not_gone_on_with(change, stopped, data, 
     assert resumed.code == 1
     (error,) = [line for line in resumed.stderr.splitlines() if line.startswith("error: ")]
     for text in (
-        f"--data.path {data} {moved} is not what {run}",
+        f"the data of --data.path are not those that {run}",
         "was trained on",
-        "bring the data back",
+        "bring them back",
         "--init_from",
     ):
         assert text in error
@@ -454,4 +456,4 @@ def test_run_whose_data_are_given_in_another_order_is_not_gone_on_with(stopped, 
     run = shutil.copytree(stopped, tmp_path / "run")
     (resumed,) = train("--resume_from", run, "--data.path", arm, data)
     assert resumed.code == 1
-    assert f"--data.path {arm} {data} is not what" in resumed.stderr
+    assert "the data of --data.path are not those that" in resumed.stderr

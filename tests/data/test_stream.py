@@ -215,5 +215,5 @@ def test_episodes_with_faults_are_neither_trained_on_nor_held_out_and_counted(tm
     assert sorted(read) == frames_of(data, [0, 1, 2, 4, 5, 6, 7])
     assert summary(train, val) == (
         f"data       set: {len(train)} frames of 5 episodes to train on, {len(val)} frames of 2 held out; "
-        "1 episodes with faults left out"
+        "left out for faults: 1"
     )

@@ -15,10 +15,9 @@ import tyro
 
 from vla import InputError
 from vla.data.frames import decode_all
-from vla.data.hub import downloaded
 from vla.data.index import Index
-from vla.data.layout import Layout, read_layout
-from vla.data.lerobot import CACHE, choose_cameras, choose_numbers
+from vla.data.lerobot import CACHE
+from vla.data.selection import Selection
 from vla.data.stats import statistics
 
 TASKS = 20  # that the page names
@@ -46,19 +45,17 @@ class Options:
 
 
 def main(options: Options) -> None:
-    layout = read_layout(downloaded(options.path))
-    cameras = choose_cameras(layout, options.cameras, {}, some=False)
-    state, action = choose_numbers(layout, options.state, options.action)
-    folder = Path(options.cache_dir or layout.root / CACHE)
-    index = Index(layout, state, action, list(cameras.values()), options.tolerance_s, folder)
+    selection = Selection(options.path, cameras=options.cameras, state=options.state, action=options.action)
+    layout = selection.layout
+    index = Index(selection, options.tolerance_s, Path(options.cache_dir or layout.root / CACHE))
     if options.command == "info":
-        print(info(layout, index, cameras))
+        print(info(selection, index))
         return
     faults = [*layout.faults, *index.faults]
     lost = {episode for fault in faults if fault.kind == "unreadable" for episode in fault.episodes}
     skipped = np.flatnonzero(np.isin(layout.episodes, list(lost)))  # told already: nothing of them can be decoded
-    for key in cameras.values():
-        faults += decode_all(layout, index, key, layout.image_size(key), skipped)
+    for camera in selection.cameras.values():
+        faults += decode_all(layout, index, camera, layout.image_size(camera), skipped)
     for fault in faults:
         print(fault)
     if faults:
@@ -66,9 +63,9 @@ def main(options: Options) -> None:
     print(f"{layout.root}: no fault in {len(layout.lengths)} episodes, {index.num_frames} frames")
 
 
-def info(layout: Layout, index: Index, cameras: dict[str, str]) -> str:
+def info(selection: Selection, index: Index) -> str:
     """A page for people."""
-    lengths, tasks = layout.lengths, index.task_index
+    layout, lengths, tasks = selection.layout, selection.layout.lengths, index.task_index
     hours = index.num_frames / layout.fps / 3600
     first = (np.cumsum(lengths) - lengths)[lengths > 0]
     episodes = np.bincount(tasks[first], minlength=len(layout.instructions))  # of each task, by its first frame
@@ -80,13 +77,13 @@ def info(layout: Layout, index: Index, cameras: dict[str, str]) -> str:
         f"tasks      {len(order):,}, and the episodes of {'each' if len(order) <= TASKS else 'the most frequent'}",
         *(f"           {episodes[task]:6,}  {layout.instructions[task]}" for task in order[:TASKS]),
     ]
-    for name, key in cameras.items():
+    for name, key in selection.cameras.items():
         height, width = layout.image_size(key)
         kind = layout.features[key]["dtype"]
         lines.append(f"camera     {name}: {height} x {width}, {'video' if kind == 'video' else 'images'} ({key})")
     for title, names, values in (
-        ("state", index.state_names, index.state),
-        ("action", index.action_names, index.actions),
+        ("state", selection.state_names, index.state),
+        ("action", selection.action_names, index.actions),
     ):
         width = max(map(len, names))
         lines.append(

@@ -12,6 +12,7 @@ import os
 from collections import OrderedDict, deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -24,10 +25,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from vla import InputError
-from vla.data.cache import allocate, built, size_of
+from vla.data.cache import allocate, built, check_room, size_of
 from vla.data.faults import Fault
 from vla.data.index import Index, nearest
 from vla.data.layout import Layout
+from vla.data.selection import Selection
 from vla.data.video import OpenVideos
 from vla.images import resize_with_padding
 
@@ -58,8 +60,8 @@ class Decoder:
         self.first_row = index.first_row
         self.open = OpenVideos(OPEN_FILES) if self.video else _Parquet(camera, layout.image_size(camera))
 
-    def read(self, frames: np.ndarray, out: np.ndarray, rows: np.ndarray) -> None:
-        """Frame i goes to out[rows[i]]. frames, rows: int64 [B], out: uint8 [≥ B, 3, h, w].
+    def read(self, frames: np.ndarray, out: np.ndarray | None, rows: np.ndarray) -> None:
+        """Frame i goes to out[rows[i]], if there is an out. frames, rows: int64 [B], out: uint8 [≥ B, 3, h, w].
 
         Raises Broken if a picture cannot be decoded.
         """
@@ -71,7 +73,8 @@ class Decoder:
             path = self.layout.root / self.files.paths[file]
             try:
                 for places, picture in self._decode(path, row[chosen], within[chosen]):
-                    out[rows[chosen[places]]] = self._fitted(picture)
+                    if out is not None:
+                        out[rows[chosen[places]]] = self._fitted(picture)
             except InputError as error:
                 broken = self._traced(path, row[chosen], within[chosen])
                 if broken is None:  # it was no picture's fault
@@ -182,46 +185,45 @@ class Stored:
 
 
 def open_frames(
-    *,
-    layout: Layout,
-    index: Index,
-    camera: str,
-    size: tuple[int, int],
-    skipped: np.ndarray,
-    cache: Literal["disk", "memory", "none"],
-    folder: Path,
-) -> tuple[Decoder | Stored, list[Fault]]:
-    """The pictures of a camera, and what is wrong with them, as far as they were decoded.
+    selection: Selection, index: Index, skipped: np.ndarray, cache: Literal["disk", "memory", "none"], folder: Path
+) -> tuple[list[Decoder] | list[Stored], list[Fault]]:
+    """The pictures of each camera, and what is wrong with them, as far as they were decoded.
 
-    camera: its feature. size: (h, w) of training. skipped: rows in [0, E) of episodes that are left out; their
-    pictures are undefined. folder: holds the cache of decoded pictures (disk).
-    Raises InputError if there is no room for them.
+    skipped: rows in [0, E) of episodes that are left out; their pictures are undefined. folder: holds the cache of
+    decoded pictures (disk). Raises InputError if there is no room for all of them.
     """
+    layout, size, cameras = selection.layout, selection.image_size, list(selection.cameras.values())
     if cache == "none":
-        return Decoder(layout, index, camera, size), []
-    shape = (index.num_frames, 3, *size)
-    what = f"decoded pictures of {camera}"
+        return [Decoder(layout, index, camera, size) for camera in cameras], []
+    shape, pictures, faults = (index.num_frames, 3, *size), [], []
     if cache == "memory":
-        free = _memory_available()
-        if math.prod(shape) > free:
+        needed, free = len(cameras) * math.prod(shape), _memory_available()
+        if needed > free:
             cure = "give --data.cache disk or none, or a smaller --data.image_size"
-            raise InputError(f"{what} need {size_of(math.prod(shape))} of memory, {size_of(free)} are free: {cure}")
-        pictures = np.empty(shape, np.uint8)
-        return Stored(pictures), decode_all(layout, index, camera, size, skipped, pictures)
-    files = layout.videos.get(camera, layout.data).paths
-    made_from = [VERSION, camera, size, layout.episodes[skipped].tolist(), layout.stamp(files)]
+            raise InputError(f"decoded pictures need {size_of(needed)} of memory, {size_of(free)} are free: {cure}")
+        for camera in cameras:
+            pictures.append(Stored(np.empty(shape, np.uint8)))
+            faults += decode_all(layout, index, camera, size, skipped, pictures[-1].source)
+        return pictures, faults
 
-    def build(unfinished: Path) -> None:
-        pictures = allocate(unfinished / "frames.npy", np.uint8, shape)
-        faults = decode_all(layout, index, camera, size, skipped, pictures)
-        pictures.flush()
-        rows = [(fault.file, fault.text, fault.episodes) for fault in faults]
-        (unfinished / "faults.json").write_text(json.dumps(rows))
+    def build(camera: str, unfinished: Path) -> None:
+        decoded = allocate(unfinished / "frames.npy", np.uint8, shape)
+        rows = decode_all(layout, index, camera, size, skipped, decoded)
+        decoded.flush()
+        (unfinished / "faults.json").write_text(json.dumps([(row.file, row.text, row.episodes) for row in rows]))
 
-    name = f"frames-{hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]}"
-    done = built(folder / name, build, math.prod(shape), what)
-    rows = json.loads((done / "faults.json").read_text())
-    return Stored(done / "frames.npy"), [Fault(file, text, tuple(episodes)) for file, text, episodes in rows]
+    left_out, done = layout.episodes[skipped].tolist(), {}
+    for camera in cameras:
+        made_from = [VERSION, camera, size, left_out, layout.stamp(layout.videos.get(camera, layout.data).paths)]
+        done[camera] = folder / f"frames-{hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]}"
+    missing = [camera for camera in cameras if not done[camera].exists()]
+    check_room(folder, len(missing) * math.prod(shape), f"decoded pictures of {', '.join(missing)}")
+    for camera, cached in done.items():
+        built(cached, partial(build, camera), math.prod(shape), f"decoded pictures of {camera}")
+        pictures.append(Stored(cached / "frames.npy"))
+        rows = json.loads((cached / "faults.json").read_text())
+        faults += [Fault(file, text, tuple(episodes)) for file, text, episodes in rows]
+    return pictures, faults
 
 
 def _memory_available() -> int:
@@ -262,8 +264,7 @@ def decode_all(
             decoder, faults = Decoder(layout, index, camera, size), []
             for row in rows:
                 frames = np.arange(start[row], start[row] + layout.lengths[row])
-                shape = (len(frames), 3, *size)
-                out = np.empty(shape, np.uint8) if pictures is None else pictures[frames[0] : frames[-1] + 1]
+                out = None if pictures is None else pictures[frames[0] : frames[-1] + 1]
                 try:
                     decoder.read(frames, out, frames - frames[0])
                 except Broken as broken:

@@ -22,6 +22,7 @@ from vla import InputError
 from vla.data.cache import allocate, built
 from vla.data.faults import Fault
 from vla.data.layout import Files, Layout
+from vla.data.selection import Selection
 from vla.data.video import Video
 
 VERSION = 1  # of the files written here
@@ -33,31 +34,24 @@ INDICES = ["episode_index", "frame_index", "timestamp", "index", "task_index"]
 class Index:
     """The numbers of all episodes, laid out as long as the metadata say; those of a faulty one may be 0.
 
-    layout: the data set. state, action, cameras: features. tolerance_s: how far the time of a frame, in the data or in
-    a video, may lie from frame_index / fps. folder: holds the index, which is made unless it is there.
-    Raises InputError if that cannot be written, or a feature is missing or no list of numbers.
+    selection: what of the data set is used. tolerance_s: how far the time of a frame, in the data or in a video, may
+    lie from frame_index / fps. folder: holds the index, which is made unless it is there.
+    Raises InputError if that cannot be written.
 
-    Attributes: names of the P and A dimensions, num_frames F, first_row int64 [E] (of an episode in its data file),
+    Attributes: num_frames F, first_row int64 [E] (of an episode in its data file),
     digest (identifies the content, wherever it lies), faults (in numbers and videos).
     """
 
-    def __init__(
-        self,
-        layout: Layout,
-        state: tuple[str, ...],
-        action: tuple[str, ...],
-        cameras: list[str],
-        tolerance_s: float,
-        folder: Path,
-    ):
-        self.state_names, self.action_names = _names(layout, state), _names(layout, action)
+    def __init__(self, selection: Selection, tolerance_s: float, folder: Path):
+        layout = selection.layout
         self.num_frames = int(layout.lengths.sum())
-        files = [*layout.data.paths, *(path for key in cameras for path in _videos(layout, key).paths)]
-        made_from = [VERSION, state, action, cameras, tolerance_s, layout.stamp(files)]
+        videos = (path for key in selection.cameras.values() for path in _videos(layout, key).paths)
+        made_from = [VERSION, selection.state, selection.action, *selection.cameras.values(), tolerance_s]
+        made_from.append(layout.stamp([*layout.data.paths, *videos]))
         self._folder = built(
             folder / f"index-{hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]}",
-            lambda unfinished: _build(unfinished, self, layout, state, action, cameras, tolerance_s),
-            bytes_needed=self.num_frames * 4 * (len(self.state_names) + len(self.action_names) + 1),
+            lambda unfinished: _build(unfinished, selection, tolerance_s),
+            bytes_needed=self.num_frames * 4 * (len(selection.state_names) + len(selection.action_names) + 1),
             what=f"numbers of {layout.root}",
         )
         content = json.loads((self._folder / "index.json").read_text())
@@ -85,38 +79,13 @@ class Index:
         return np.load(self._folder / "task_index.npy", mmap_mode="r")
 
 
-def _names(layout: Layout, keys: tuple[str, ...]) -> tuple[str, ...]:
-    names = []
-    for key in keys:
-        feature = layout.features.get(key, {})
-        shape = feature.get("shape")
-        if not shape or len(shape) != 1 or shape[0] < 1 or feature["dtype"] in ("string", "language"):
-            found = f"{feature['dtype']} of shape {shape}" if feature else f"not among {sorted(layout.features)}"
-            cure = "name other features with --data.state and --data.action"
-            raise InputError(f"{layout.root}/meta/info.json: {key!r} is {found}, expected numbers of shape [D]: {cure}")
-        own, dim = feature.get("names"), shape[0]
-        if isinstance(own, dict) and len(own) == 1:  # {"motors": [...]}
-            (own,) = own.values()
-        named = isinstance(own, list) and len(own) == dim
-        names += [str(name) for name in own] if named else [f"{key}_{i}" for i in range(dim)]
-    return tuple(names)
-
-
 def _videos(layout: Layout, key: str) -> Files:
     return layout.videos.get(key, Files([], np.empty(0)))
 
 
-def _build(
-    folder: Path,
-    index: Index,
-    layout: Layout,
-    state: tuple[str, ...],
-    action: tuple[str, ...],
-    cameras: list[str],
-    tolerance_s: float,
-) -> None:
-    columns = {"state": state, "actions": action}
-    reader = _Reader(folder, index, layout, columns, tolerance_s)
+def _build(folder: Path, selection: Selection, tolerance_s: float) -> None:
+    layout, cameras = selection.layout, list(selection.cameras.values())
+    reader = _Reader(folder, selection, tolerance_s)
     images = [key for key in cameras if layout.features[key]["dtype"] == "image"]
     for file in tqdm(range(len(layout.data.paths)), desc="reading numbers", unit="file", mininterval=1, delay=1):
         reader.read(file, images)
@@ -148,13 +117,13 @@ def _tail(path: Path) -> bytes:
 class _Reader:
     """Reads the data files one after the other, in bounded memory, and notes what is wrong with each episode."""
 
-    def __init__(
-        self, folder: Path, index: Index, layout: Layout, columns: dict[str, tuple[str, ...]], tolerance: float
-    ):
-        self.layout, self.columns, self.tolerance = layout, columns, tolerance
-        self.names = {"state": index.state_names, "actions": index.action_names}
-        shapes = {name: (np.float32, (index.num_frames, len(names))) for name, names in self.names.items()}
-        shapes["task_index"] = np.int32, (index.num_frames,)
+    def __init__(self, folder: Path, selection: Selection, tolerance: float):
+        self.layout, self.tolerance = selection.layout, tolerance
+        self.columns = {"state": selection.state, "actions": selection.action}
+        self.names = {"state": selection.state_names, "actions": selection.action_names}
+        layout, num_frames = self.layout, int(self.layout.lengths.sum())
+        shapes = {name: (np.float32, (num_frames, len(names))) for name, names in self.names.items()}
+        shapes["task_index"] = np.int32, (num_frames,)
         self.files = {name: folder / f"{name}.npy" for name in shapes}
         for name, shape in shapes.items():
             allocate(self.files[name], *shape)
@@ -165,12 +134,12 @@ class _Reader:
         # In v2.1 the index of an episode follows from the lengths of those before, unless one of these is wrong.
         self.index_known = np.diff(layout.episodes, prepend=-1) == 1
         self.index_known |= layout.version == "v3.0"
-        self.digest = hashlib.sha256(json.dumps([layout.fps, *columns.values(), *self.names.values()]).encode())
+        self.digest = hashlib.sha256(json.dumps([layout.fps, *self.columns.values(), *self.names.values()]).encode())
         self.digest.update(json.dumps(layout.instructions).encode())
         self.digest.update(layout.lengths)
         self.found: dict[tuple[str, str, str], list[int]] = {}  # episodes by (file, column, text)
         self.noted: set[tuple[str, int]] = set()  # (column, episode): one fault of a kind for each
-        self.low = np.full(len(index.action_names), np.inf)
+        self.low = np.full(len(selection.action_names), np.inf)
         self.high = -self.low
         self.tasks_of: dict[int, set[int]] = {}  # values of the column task_id by task_index
         self.empty: dict[int, set[int]] = {}  # episodes by task_index whose instruction is empty
@@ -201,7 +170,7 @@ class _Reader:
                 for batch in parquet.iter_batches(ROWS, columns=wanted):
                     self._take(path, of_file, batch, rows)
                     rows += len(batch)
-        except (OSError, pa.ArrowException, InputError) as error:
+        except (OSError, pa.ArrowException, UnicodeDecodeError, InputError) as error:
             reason = str(error)
             if not isinstance(error, InputError):
                 missing = not (layout.root / path).exists()

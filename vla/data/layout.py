@@ -68,8 +68,9 @@ class Layout:
     def image_size(self, key: str) -> tuple[int, int]:
         """Height and width of a camera. Raises InputError for a shape that is no image's."""
         shape, names = self.features[key]["shape"], self.features[key].get("names")
-        if len(shape) != 3:
-            raise InputError(f"{self.root}/meta/info.json: {key!r} has shape {shape}, expected three numbers: {REPAIR}")
+        if len(shape) != 3 or min(shape) < 1:
+            found = f"{self.root}/meta/info.json: {key!r} has shape {shape}"
+            raise InputError(f"{found}, expected three numbers above 0: {REPAIR}")
         named = [str(name).startswith("channel") for name in names] if isinstance(names, list) else []
         channels_last = named[-1] if any(named) else shape[-1] in (1, 3, 4)
         return tuple(shape[:2] if channels_last else shape[1:])
@@ -111,7 +112,7 @@ def _check_info(path: Path, info: dict) -> None:
         raise InputError(f"{path}: features are {features!r}, expected one entry for each: {REPAIR}")
     for key, feature in features.items():
         shape = feature.get("shape") if isinstance(feature, dict) else None
-        if not isinstance(shape, list) or not all(isinstance(n, int) for n in shape) or "dtype" not in feature:
+        if not isinstance(shape, list) or not all(type(n) is int for n in shape) or "dtype" not in feature:
             raise InputError(f"{path}: feature {key!r} is {feature!r}, expected its dtype and shape: {REPAIR}")
 
 
@@ -258,8 +259,9 @@ def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
     try:
         with pq.ParquetFile(path) as parquet:
             missing = set(columns or []) - set(_columns(parquet))
-            table = parquet.read(columns) if not missing else None
-    except (OSError, pa.ArrowException) as error:
+            table = parquet.read(columns) if not missing else pa.table({})
+        table.validate(full=True)
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise InputError(f"{path} is missing or unreadable ({error}): {REPAIR}") from error
     if missing:
         raise InputError(f"{path} lacks the columns {sorted(missing)}: {REPAIR}")

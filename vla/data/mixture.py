@@ -14,6 +14,7 @@ from vla import InputError, keyed
 from vla.config import DataConfig
 from vla.data.hub import dataset_name
 from vla.data.lerobot import LeRobotDataset
+from vla.data.selection import Selection
 
 LARGEST_BLOCK = 10_000
 BLOCKS = -1 << 61  # keys of the blocks' orders are derived from counters down from here (see vla/data/stream.py)
@@ -77,43 +78,48 @@ def open_datasets(config: DataConfig) -> Mixture:
         )
     if bad := [weight for weight in config.weights if not 0 < weight < math.inf]:
         raise InputError(f"--data.weights has {bad[0]}; expected more than 0 (leave the data set out)")
-    datasets = [
-        LeRobotDataset(
-            path,
-            cameras=config.cameras,
-            rename=dict(_renamed(config.camera_map, path)),
-            some_cameras=len(config.path) > 1,
-            state=config.state,
-            action=config.action,
-            image_size=config.image_size or None,
-            cache=config.cache,
-            cache_dir=config.cache_dir or None,
-            tolerance_s=config.tolerance_s,
-            skip_bad=config.skip_bad,
-            accept=config.accept,
-        )
-        for path in config.path
-    ]
-    mixture, names = Mixture(datasets, config.weights, config.cameras), [data.name for data in datasets]
+    names = [dataset_name(path) for path in config.path]
     if len(set(names)) < len(names):
         raise InputError(f"--data.path has data sets of one name, {', '.join(names)}: rename a folder")
-    if missing := sorted(set(config.cameras) - {camera for data in datasets for camera in data.cameras}):
-        raise InputError(f"--data.cameras names {', '.join(missing)}, which none of {', '.join(names)} has: correct it")
-    for attribute, cure in (("image_size", "give --data.image_size"), ("state_dim", PAD), ("action_dim", PAD)):
-        found = {data.name: getattr(data, attribute) for data in datasets}
-        if len(set(found.values())) > 1 and not (cure == PAD and config.pad_dims):
-            raise InputError(f"the data sets have {attribute} {found}, expected one value: {cure}")
-    return mixture
+    chosen = {"cameras": config.cameras, "some_cameras": len(names) > 1, "image_size": config.image_size or None}
+    chosen |= {"state": config.state, "action": config.action}
+    renames = [{camera: name for dataset, camera, name in _camera_map(config) if dataset in ("", own)} for own in names]
+    # All of this is known before any picture is decoded.
+    parts = [Selection(path, rename=rename, **chosen) for path, rename in zip(config.path, renames, strict=True)]
+    _check_fit(config, parts)
+    opened = {"cache": config.cache, "cache_dir": config.cache_dir or None, "tolerance_s": config.tolerance_s}
+    opened |= {"skip_bad": config.skip_bad, "accept": config.accept}
+    datasets = [
+        LeRobotDataset(path, rename=rename, **chosen, **opened)
+        for path, rename in zip(config.path, renames, strict=True)
+    ]
+    return Mixture(datasets, config.weights, config.cameras)
 
 
-PAD = "name features with --data.state and --data.action, or give --data.pad_dims"
-
-
-def _renamed(camera_map: tuple[str, ...], path: str) -> Iterator[tuple[str, str]]:
-    for entry in camera_map:
+def _camera_map(config: DataConfig) -> Iterator[tuple[str, str, str]]:
+    """Data set ("" for all), its camera, the new name."""
+    for entry in config.camera_map:
         own, _, name = entry.partition("=")
         dataset, _, camera = own.rpartition(":")
         if not camera or not name:
             raise InputError(f"--data.camera_map has {entry!r}; expected camera=name or dataset:camera=name")
-        if dataset in ("", dataset_name(path)):
-            yield camera, name
+        yield dataset, camera, name
+
+
+def _check_fit(config: DataConfig, parts: list[Selection]) -> None:
+    names = ", ".join(part.name for part in parts)
+    if missing := sorted(set(config.cameras) - {camera for part in parts for camera in part.cameras}):
+        raise InputError(f"--data.cameras names {', '.join(missing)}, which none of {names} has: correct it")
+    for dataset, camera, name in _camera_map(config):
+        meant = [part for part in parts if dataset in ("", part.name)]
+        if not any(camera in (*part.own_cameras, *part.layout.cameras()) for part in meant):
+            found = {part.name: ", ".join(part.own_cameras) for part in meant} or f"data sets {names}"
+            raise InputError(f"--data.camera_map calls {camera!r} {name!r}, but found {found}; correct it")
+    pad = "name features with --data.state and --data.action, or give --data.pad_dims"
+    for what, cure, found in (
+        ("image size", "give --data.image_size", {part.name: part.image_size for part in parts}),
+        ("number of states", pad, {part.name: len(part.state_names) for part in parts}),
+        ("number of actions", pad, {part.name: len(part.action_names) for part in parts}),
+    ):
+        if len(set(found.values())) > 1 and not (cure == pad and config.pad_dims):
+            raise InputError(f"the data sets differ in their {what}, {found}, expected one value: {cure}")

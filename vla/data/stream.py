@@ -145,7 +145,7 @@ def summary(train: Samples, held_out: Samples) -> str:
     ):
         share = f"{count / train.mixture.block:.4g} of the samples, " if len(train.parts) > 1 else ""
         bad = len(data.episode_to) - len(data.episodes)
-        left_out = f"; {bad} episodes with faults left out" if bad else ""
+        left_out = f"; left out for faults: {bad}" if bad else ""
         lines.append(
             f"data       {data.name}: {share}{len(mine)} frames of {len(mine.ends)} episodes to train on, "
             f"{len(theirs)} frames of {len(theirs.ends)} held out{left_out}"
