@@ -127,7 +127,8 @@ class _Parquet:
                 try:
                     picture = Image.open(io.BytesIO(self.encoded[row - first].as_py())).convert("RGB")
                 except Exception as error:  # Pillow raises half a dozen types for a broken image
-                    raise InputError(f"{where}: no readable image of {self.camera} ({error})") from error
+                    reason = type(error).__name__  # its text may be an address in memory
+                    raise InputError(f"{where}: no readable image of {self.camera} ({reason})") from error
                 if (picture.height, picture.width) != self.size:
                     found, expected = f"{picture.height} x {picture.width}", f"{self.size[0]} x {self.size[1]}"
                     raise InputError(

@@ -17,8 +17,6 @@ from vla.data.index import Index
 from vla.data.selection import Selection
 
 CACHE = ".vla_cache"  # in the data set's folder
-# Features by convention, of LeRobot and of openpi.
-STATE, ACTION = ("observation.state", "state"), ("action", "actions")
 
 
 class LeRobotDataset:

@@ -1,7 +1,7 @@
 """Batches made by worker processes, in memory that they share with the training process, and brought to its device.
 
 An image is copied once on its way from the cache to the device: a worker reads it into a slot of a shared map, which
-for a GPU is pinned, so that the device fetches it from there by itself. Everything else of a batch is small.
+for a GPU is pinned, so that the device fetches it from there by itself. Through the pipe comes the slot's number alone.
 """
 
 import atexit
@@ -31,7 +31,7 @@ def loader(
         for of_batch in positions:
             yield {name: value.to(device) for name, value in samples.batch(of_batch).items()}
         return
-    slots = _Slots(workers * SLOTS, (batch_size, *samples.image_shape))
+    slots = _Slots(workers * SLOTS, batch_size, samples.batch(range(1)))
     batches = iter(
         DataLoader(
             _Filler(samples, slots),
@@ -47,30 +47,33 @@ def loader(
     if device.type == "cuda":
         slots.pin()
     try:
-        for batch in batches:
-            if "error" in batch:
-                raise InputError(batch["error"])
-            images = batch.pop("images")
-            small = {name: torch.from_numpy(value).to(device, non_blocking=True) for name, value in batch.items()}
-            yield small | {"images": slots.take(images, device)}
+        for made in batches:
+            if isinstance(made, str):
+                raise InputError(made)
+            if isinstance(made, int):
+                yield slots.take(made, device)
+            else:
+                yield {name: torch.from_numpy(value).to(device) for name, value in made.items()}
     finally:
         del batches  # ends the workers; else the error's traceback would hold them
 
 
 class _Slots:
-    """Shared memory for the images of some batches. A slot is free again when nobody can see its batch any more."""
+    """Shared memory for some batches. A slot is free again when nobody can see the images of its batch any more."""
 
-    def __init__(self, count: int, shape: tuple[int, ...]):
+    def __init__(self, count: int, batch_size: int, example: dict[str, Tensor]):
+        fields = [(name, value.numpy().dtype, (batch_size, *value.shape[1:])) for name, value in example.items()]
+        slot = np.dtype(fields, align=True)
         # Not torch's shared tensors, which lie in /dev/shm: containers often have 64 MB of that.
-        self.images = np.frombuffer(mmap.mmap(-1, count * int(np.prod(shape))), np.uint8).reshape(count, *shape)
+        self.batches = np.frombuffer(mmap.mmap(-1, count * slot.itemsize), slot)  # [count]
         self.used = np.frombuffer(mmap.mmap(-1, count), np.uint8)  # 0 or 1 for each slot
         self._on_their_way: deque[tuple[torch.cuda.Event, int]] = deque()
 
     def pin(self) -> None:
         """Let a GPU read the slots by itself."""
-        done = torch.cuda.cudart().cudaHostRegister(self.images.ctypes.data, self.images.nbytes, 0)
-        torch.cuda.check_error(done)
-        weakref.finalize(self.images, torch.cuda.cudart().cudaHostUnregister, self.images.ctypes.data)
+        address = self.batches.ctypes.data
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(address, self.batches.nbytes, 0))
+        weakref.finalize(self.batches, torch.cuda.cudart().cudaHostUnregister, address)
 
     def free(self) -> int | None:
         """One of this worker's slots, used from now on; none if all are in use."""
@@ -81,20 +84,20 @@ class _Slots:
                 return slot
         return None
 
-    def take(self, images: int | np.ndarray, device: torch.device) -> Tensor:
-        """The images of a batch on the device, from a slot or as they are."""
-        if not isinstance(images, int):
-            return torch.from_numpy(images).to(device)
-        view = self.images[images]
+    def take(self, slot: int, device: torch.device) -> dict[str, Tensor]:
+        """The batch in a slot, on the device."""
+        batch = {name: self.batches[name][slot] for name in self.batches.dtype.names}
         if device.type == "cpu":
-            weakref.finalize(view, self.used.__setitem__, images, 0)
-            return torch.from_numpy(view)
+            weakref.finalize(batch["images"], self.used.__setitem__, slot, 0)
+            return {
+                name: torch.from_numpy(value if name == "images" else value.copy()) for name, value in batch.items()
+            }
         while self._on_their_way and self._on_their_way[0][0].query():
             self.used[self._on_their_way.popleft()[1]] = 0
-        copied = torch.from_numpy(view).to(device, non_blocking=True)
+        copied = {name: torch.from_numpy(value).to(device, non_blocking=True) for name, value in batch.items()}
         event = torch.cuda.Event()
         event.record()
-        self._on_their_way.append((event, images))
+        self._on_their_way.append((event, slot))
         return copied
 
 
@@ -104,18 +107,24 @@ class _Filler:
     def __init__(self, samples: Samples, slots: _Slots):
         self.samples, self.slots = samples, slots
 
-    def __getitems__(self, positions: Sequence[int]) -> dict[str, np.ndarray | int]:
+    def __getitems__(self, positions: Sequence[int]) -> int | dict[str, np.ndarray] | str:
+        """The slot that has the batch, the batch itself if none was free, or what is wrong with it."""
         slot = self.slots.free()
-        images = None if slot is None else self.slots.images[slot]
+        shared = None if slot is None else self.slots.batches[slot]
         try:
-            batch = {name: value.numpy() for name, value in self.samples.batch(positions, images).items()}
+            batch = self.samples.batch(positions, None if shared is None else shared["images"])
         except InputError as error:  # torch would tell it as a traceback of another process
-            return {"error": str(error)}
-        return batch if slot is None else batch | {"images": slot}
+            return str(error)
+        if shared is None:
+            return {name: value.numpy() for name, value in batch.items()}
+        for name, value in batch.items():
+            if name != "images":
+                shared[name][...] = value.numpy()
+        return slot
 
 
-def _whole(batch: dict) -> dict:
-    return batch
+def _whole(made):
+    return made
 
 
 def _ignore_signals(worker: int) -> None:

@@ -99,18 +99,13 @@ class Samples:
         """For each data set, of the states and of the actions of these frames and of no others (see vla.data.stats)."""
         return [part.statistics() for part in self.parts]
 
-    @property
-    def image_shape(self) -> tuple[int, int, int, int]:
-        """[N, 3, h, w] of a sample."""
-        return len(self.mixture.cameras), 3, *self.mixture.image_size
-
     def batch(self, positions: Sequence[int], images: np.ndarray | None = None) -> dict[str, Tensor]:
         """The samples at these positions. images: where to put theirs, uint8 [B, N, 3, h, w]; new memory by default."""
         position = torch.tensor(positions)
         dataset, frames = self.frames(position)
         mixture, B = self.mixture, len(position)
         if images is None:
-            images = np.empty((B, *self.image_shape), np.uint8)
+            images = np.empty((B, len(mixture.cameras), 3, *mixture.image_size), np.uint8)
         state = np.zeros((B, max(data.state_dim for data in mixture.datasets)), np.float32)
         actions = np.zeros((B, self.chunk_size, max(data.action_dim for data in mixture.datasets)), np.float32)
         action_is_pad, task = np.empty((B, self.chunk_size), bool), np.empty(B, np.int64)

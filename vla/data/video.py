@@ -40,8 +40,10 @@ class Video:
             if self._stream is None or self._stream.codec_context is None:
                 raise InputError(f"{path} has no video that FFmpeg decodes, expected AV1 or h264: {REPAIR}")
             pts, key, shown = self._read_index()
-        except (av.FFmpegError, OSError) as error:
-            raise InputError(f"{path} is missing or no whole video ({error.strerror}): {REPAIR}") from error
+        except (av.FFmpegError, OSError, UnicodeDecodeError) as error:
+            raise InputError(
+                f"{path} is missing or no whole video ({getattr(error, 'strerror', error)}): {REPAIR}"
+            ) from error
         if not shown.any():
             raise InputError(f"{path} has no frame, expected at least 1: {REPAIR}")
         self._decoder = self._stream.codec_context
