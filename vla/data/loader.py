@@ -67,6 +67,7 @@ class _Slots:
         # Not torch's shared tensors, which lie in /dev/shm: containers often have 64 MB of that.
         self.batches = np.frombuffer(mmap.mmap(-1, count * slot.itemsize), slot)  # [count]
         self.used = np.frombuffer(mmap.mmap(-1, count), np.uint8)  # 0 or 1 for each slot
+        self._turn = 0
         self._on_their_way: deque[tuple[torch.cuda.Event, int]] = deque()
 
     def pin(self) -> None:
@@ -78,7 +79,9 @@ class _Slots:
     def free(self) -> int | None:
         """One of this worker's slots, used from now on; none if all are in use."""
         worker = get_worker_info()
-        for slot in range(worker.id, len(self.used), worker.num_workers):
+        self._turn += 1  # all in turn, so that a worker soon has the memory that it is going to have
+        for step in range(SLOTS):
+            slot = worker.id + (self._turn + step) % SLOTS * worker.num_workers
             if not self.used[slot]:
                 self.used[slot] = 1
                 return slot
