@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tqdm import tqdm
 from training import run_module, steps, train
 
 from vla import InputError, checkpoint, checkpoints, export
@@ -326,7 +327,7 @@ def test_prune_deletes_what_is_damaged_left_over_or_superseded_and_says_what_it_
     assert [path.name for path in (*left, of(run, 10), of(run, 16)) if path.name not in deleted] == []
     assert "step_00000005," not in deleted.replace(".replaced_step_00000005,", "")
     assert "step_00000015" not in deleted
-    assert f"frees {freed / 1e6:.3g}MB" in deleted
+    assert f"frees {tqdm.format_sizeof(freed, 'B')}" in deleted
 
 
 @pytest.mark.parametrize(
