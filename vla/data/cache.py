@@ -33,7 +33,11 @@ def built(done: Path, build: Callable[[Path], None], bytes_needed: int, what: st
         _remove_unfinished(done.parent)
         if done.exists():
             return done
-        check_room(done.parent, bytes_needed, what)
+        if bytes_needed > (free := shutil.disk_usage(done.parent).free):
+            raise InputError(
+                f"{what} need {size_of(bytes_needed)}, {done.parent} has {size_of(free)} free: make room, or set "
+                "--data.cache_dir, a smaller --data.image_size or --data.cache none"
+            )
         if bytes_needed >= WORTH_A_WORD:
             tqdm.write(f"{what}: {size_of(bytes_needed)} to {done}", file=sys.stderr)
         unfinished = done.with_name(f"{done.name}.partial")
@@ -47,15 +51,6 @@ def built(done: Path, build: Callable[[Path], None], bytes_needed: int, what: st
         finally:
             _remove_unfinished(done.parent)
     return done
-
-
-def check_room(folder: Path, bytes_needed: int, what: str) -> None:
-    """Raises InputError if the disk of this folder has not as many bytes free."""
-    if bytes_needed > (free := shutil.disk_usage(folder).free):
-        raise InputError(
-            f"{what} need {size_of(bytes_needed)}, {folder} has {size_of(free)} free: make room, or set "
-            "--data.cache_dir, a smaller --data.image_size or --data.cache none"
-        )
 
 
 def allocate(path: Path, dtype: type, shape: tuple[int, ...]) -> np.memmap:

@@ -25,7 +25,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from vla import InputError
-from vla.data.cache import allocate, built, check_room, size_of
+from vla.data.cache import allocate, built, size_of
 from vla.data.faults import Fault
 from vla.data.index import Index, nearest
 from vla.data.layout import Layout
@@ -218,9 +218,11 @@ def open_frames(
         made_from = [VERSION, camera, size, left_out, layout.stamp(layout.videos.get(camera, layout.data).paths)]
         done[camera] = folder / f"frames-{hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]}"
     missing = [camera for camera in cameras if not done[camera].exists()]
-    check_room(folder, len(missing) * math.prod(shape), f"decoded pictures of {', '.join(missing)}")
     for camera, cached in done.items():
-        built(cached, partial(build, camera), math.prod(shape), f"decoded pictures of {camera}")
+        # Room for all that follow, too: the last should not be refused when hours were spent on the first.
+        following = missing[missing.index(camera) :] if camera in missing else []
+        what = f"decoded pictures of {', '.join(following)}"
+        built(cached, partial(build, camera), len(following) * math.prod(shape), what)
         pictures.append(Stored(cached / "frames.npy"))
         rows = json.loads((cached / "faults.json").read_text())
         faults += [Fault(file, text, tuple(episodes)) for file, text, episodes in rows]

@@ -152,7 +152,7 @@ class _Reader:
 
     def read(self, file: int, images: list[str]) -> None:
         layout, path = self.layout, self.layout.data.paths[file]
-        of_file = np.flatnonzero(layout.data.of == file)
+        of_file = layout.data.rows(file)
         features = [*self.columns["state"], *self.columns["actions"]]
         # Mapped anew for each file, as pages that were written would count as this process's memory.
         self.arrays = {name: np.load(file, mmap_mode="r+") for name, file in self.files.items()}
@@ -223,13 +223,13 @@ class _Reader:
         times = batch["timestamp"].cast(pa.float64()).to_numpy(zero_copy_only=False)
         due = within / layout.fps
         # A float32 of an hour is exact to 0.1 ms only.
-        late = np.abs(times - due) <= self.tolerance + np.abs(due) * 2.0**-23
+        on_time = np.abs(times - due) <= self.tolerance + np.abs(due) * 2.0**-23
         index, frame = _integers(batch, "index"), _integers(batch, "frame_index")
         for at in starting[~self.index_known[starting]]:
             self.index_from[at:] += index[row == at][0] - self.index_from[at]
         expected_index = self.index_from[row] + within
         check("frame_index", frame == within, lambda i: f"{frame[i]}, expected {within[i]}")
-        check("timestamp", late, lambda i: f"{times[i]:.6g} s, expected {due[i]:.6g} within {self.tolerance:g}")
+        check("timestamp", on_time, lambda i: f"{times[i]:.6g} s, expected {due[i]:.6g} within {self.tolerance:g}")
         check("index", index == expected_index, lambda i: f"{index[i]}, expected {expected_index[i]}")
         task_good = (tasks >= 0) & (tasks < len(layout.instructions))
         expected = f"0 to {len(layout.instructions) - 1} as in {layout.tasks_file}"
@@ -332,7 +332,7 @@ def nearest(times: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 def check_video(layout: Layout, key: str, file: int, tolerance_s: float) -> list[Fault]:
     """Faults of one video file, as far as its own index tells them: no frame is decoded."""
     files = layout.videos[key]
-    path, rows = files.paths[file], np.flatnonzero(files.of == file)
+    path, rows = files.paths[file], files.rows(file)
     try:
         video = Video(layout.root / path)
     except InputError as error:

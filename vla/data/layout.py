@@ -28,6 +28,14 @@ class Files:
     start: np.ndarray | None = None  # float64 [E], seconds from a video's beginning to the episode's
     stop: np.ndarray | None = None  # float64 [E], to its end; the v2.1 metadata do not tell
 
+    def __post_init__(self):
+        self._order = np.argsort(self.of, kind="stable")
+        self._ends = np.searchsorted(self.of[self._order], np.arange(len(self.paths)), side="right")
+
+    def rows(self, file: int) -> np.ndarray:
+        """The episodes of a file, ascending: int64, in [0, E)."""
+        return self._order[self._ends[file - 1] if file else 0 : self._ends[file]]
+
 
 @dataclass
 class Layout:
