@@ -938,6 +938,7 @@ REFUSED = {
         ["float32 of shape [3, 1], expected numbers"],
     ),
     "action of words": ("png", feature("action", dtype="string", shape=[1]), ["string of shape [1], expected numbers"]),
+    "action of too much": ("png", feature("action", shape=[10**11]), ["shape [100000000000], expected numbers of"]),
     "action of nothing": ("png", feature("action", shape=[0]), ["float32 of shape [0], expected numbers of shape [D]"]),
     "no camera": ("png", no_cameras, ["has cameras []", "expected at least one", "--data.cameras"]),
     "image of two numbers": ("png", feature(TABLE, shape=[16, 32]), ["shape [16, 32], expected three numbers above 0"]),

@@ -6,6 +6,7 @@ from vla import InputError
 from vla.data.hub import dataset_name, downloaded
 from vla.data.layout import Layout, read_layout
 
+MOST_NUMBERS = 10_000  # of a frame; more are a mistake in the metadata
 # Features by convention, of LeRobot and of openpi.
 STATE, ACTION = ("observation.state", "state"), ("action", "actions")
 
@@ -85,7 +86,8 @@ def _names(layout: Layout, keys: tuple[str, ...]) -> tuple[str, ...]:
     for key in keys:
         feature = layout.features.get(key, {})
         shape = feature.get("shape")
-        if not shape or len(shape) != 1 or shape[0] < 1 or feature["dtype"] in ("string", "language"):
+        numbers = shape and len(shape) == 1 and feature["dtype"] not in ("string", "language")
+        if not numbers or not 1 <= shape[0] <= MOST_NUMBERS:
             found = f"{feature['dtype']} of shape {shape}" if feature else f"not among {sorted(layout.features)}"
             cure = "name other features with --data.state and --data.action"
             raise InputError(f"{layout.root}/meta/info.json: {key!r} is {found}, expected numbers of shape [D]: {cure}")
