@@ -1,33 +1,47 @@
-import io
 import re
 import subprocess
 import sys
 
-import av
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 from lerobot_sets import (
     DATA,
     EPISODES,
     LENGTHS,
-    as_v21,
     column,
     copy,
-    cut_video,
     edit_columns,
     edit_info,
     edit_value,
     made_up,
     numbers,
-    picture,
-    read_lines,
-    take,
-    truncate,
     write,
-    write_lines,
 )
-from PIL import Image
+from planting import (
+    TABLE,
+    TASKS,
+    VIDEO,
+    WRIST,
+    begins,
+    both,
+    content,
+    cut_short,
+    damaged_packet,
+    damaged_page,
+    feature,
+    filmed_anew,
+    info,
+    line,
+    png,
+    removed,
+    rows,
+    rows_of_lines,
+    shorter,
+    sound_sets,
+    start,
+    value,
+    values,
+)
 
 from vla import InputError
 from vla.data import __main__ as command
@@ -35,150 +49,14 @@ from vla.data.lerobot import LeRobotDataset
 
 F = sum(LENGTHS)  # episodes are frames 0-3, 4-6, 7-11, 12-13
 ALL = {0, 1, 2, 3}
-TABLE, WRIST = "observation.images.table", "observation.images.wrist"
 OWN_FILE = "data/chunk-000/file-001.parquet"  # of episode 1, where each has one
 OLDER_FILE = "data/chunk-000/episode_000001.parquet"
-VIDEO = f"videos/{WRIST}/chunk-000/file-000.mp4"
 OLDER_VIDEO = f"videos/chunk-000/{WRIST}/episode_000001.mp4"
-TASKS = "meta/tasks.parquet"
 
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sets")
-    sets = {
-        "png": write(folder / "png"),
-        "files": write(folder / "files", data_files_size_in_mb=0),  # an episode each
-        "h264": write(folder / "h264", codec="h264"),
-    }
-    sets["v2.1"] = as_v21(sets["png"], folder / "older")
-    sets["v2.1 h264"] = as_v21(sets["h264"], folder / "older-h264")
-    return sets
-
-
-def value(name, row, new, path=DATA):
-    return lambda root: edit_value(root / path, name, row, new)
-
-
-def values(name, change, path=DATA):
-    return lambda root: edit_columns(root / path, {name: [change(old) for old in column(root / path, name)]})
-
-
-def rows(chosen, path=DATA):
-    return lambda root: take(root / path, chosen)
-
-
-def shorter(path, share=0.5):
-    return lambda root: truncate(root / path, share)
-
-
-def removed(path):
-    return lambda root: (root / path).unlink()
-
-
-def content(path, new):
-    return lambda root: (root / path).write_bytes(new)
-
-
-def info(**changes):
-    return lambda root: edit_info(root, lambda info: info.update(changes))
-
-
-def feature(key, **changes):
-    return lambda root: edit_info(root, lambda info: info["features"][key].update(changes))
-
-
-def line(path, number, **changes):
-    """A plant: other entries in one line of JSON."""
-
-    def plant(root):
-        lines = read_lines(root / path)
-        lines[number] |= changes
-        write_lines(root / path, lines)
-
-    return plant
-
-
-def rows_of_lines(path, chosen):
-    return lambda root: write_lines(root / path, [read_lines(root / path)[row] for row in chosen])
-
-
-def png(pixels):
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "png")
-    return {"bytes": file.getvalue(), "path": None}
-
-
-def both(*plants):
-    return lambda root: [plant(root) for plant in plants]
-
-
-def damaged_page(name, path=DATA, group=1):
-    """A plant: garbage in the place of what a row group has in one column."""
-
-    def plant(root):
-        chunks = pq.ParquetFile(root / path).metadata.row_group(group)
-        chunk = next(c for c in map(chunks.column, range(chunks.num_columns)) if c.path_in_schema.startswith(name))
-        data = bytearray((root / path).read_bytes())
-        start = chunk.data_page_offset
-        data[start : start + chunk.total_compressed_size] = b"\xff" * chunk.total_compressed_size
-        (root / path).write_bytes(data)
-
-    return plant
-
-
-def damaged_names(path):
-    """A plant: names of columns that are no text."""
-
-    def plant(root):
-        data = (root / path).read_bytes()
-        (root / path).write_bytes(data.replace(b"task_index", b"task\xff\xfe\xff\xfe\xff\xfe"))
-
-    return plant
-
-
-def damaged_packet(number):
-    def plant(root):
-        with av.open(str(root / VIDEO)) as container:
-            packet = [packet for packet in container.demux(video=0) if packet.size][number]
-            damaged = slice(packet.pos, packet.pos + packet.size)
-        data = bytearray((root / VIDEO).read_bytes())
-        data[damaged] = b"\xa5" * packet.size
-        (root / VIDEO).write_bytes(data)
-
-    return plant
-
-
-def filmed_anew(path, count, fps=10, size=(16, 32)):
-    """A plant: another video, of `count` pictures, in the place of one."""
-
-    def plant(root):
-        with av.open(str(root / path), "w") as container:
-            stream = container.add_stream("libx264", rate=fps, pix_fmt="yuv420p", options={"g": "2", "bf": "0"})
-            stream.height, stream.width = size
-            for number in range(count):
-                image = np.ascontiguousarray(picture(100 + number, size).transpose(1, 2, 0))
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-            container.mux(stream.encode())
-
-    return plant
-
-
-def cut_short(path, seconds):
-    def plant(root):
-        whole = (root / path).rename(root / path.replace(".mp4", ".whole.mp4"))
-        cut_video(whole, root / path, 0, seconds)
-        whole.unlink()
-
-    return plant
-
-
-def start(episode, seconds):
-    return value(f"videos/{WRIST}/from_timestamp", episode, seconds, EPISODES)
-
-
-def begins(episode):
-    return f"meta/episodes: episode {episode}: {WRIST} begins at"
+    return sound_sets(tmp_path_factory.mktemp("sets"))
 
 
 noise = np.random.default_rng(0).integers(0, 256, (16, 32, 3), dtype=np.uint8)
@@ -888,117 +766,6 @@ def test_mended_data_set_is_read_again(tmp_path):
         LeRobotDataset(root)
     (root / VIDEO).write_bytes(good)
     assert LeRobotDataset(root).faults == []
-
-
-def without(*keys):
-    def plant(root):
-        edit_info(root, lambda info: [info.pop(key) for key in keys])
-
-    return plant
-
-
-def feature_as(key, new):
-    return lambda root: edit_info(root, lambda info: info["features"].update({key: new}))
-
-
-def no_cameras(root):
-    def change(info):
-        info["features"] = {key: value for key, value in info["features"].items() if "images" not in key}
-
-    edit_info(root, change)
-
-
-REPAIR = "copy or write the data set again"
-# Metadata that cannot be understood, and what is told.
-REFUSED = {
-    "no info": ("png", removed("meta/info.json"), ["meta/info.json cannot be read", "check --data.path"]),
-    "info cut short": ("png", shorter("meta/info.json"), ["meta/info.json cannot be read", "expected JSON"]),
-    "info of a list": ("png", content("meta/info.json", b"[]"), ["meta/info.json lacks ['codebase_version', 'data_"]),
-    "old version": ("png", info(codebase_version="v1.6"), ["'v1.6', expected 'v2.1' or 'v3.0'", "LeRobot's converter"]),
-    "no fps": ("png", without("fps"), ["meta/info.json lacks ['fps']", REPAIR]),
-    "fps of zero": ("png", info(fps=0), ["fps is 0, expected a number above 0"]),
-    "fps of words": ("png", info(fps="ten"), ["fps is 'ten', expected a number above 0"]),
-    "no features": ("png", info(features=None), ["features are None, expected"]),
-    "feature of no shape": ("png", feature_as("action", {"dtype": "float32"}), ["feature 'action' is {'dtype'"]),
-    "feature of words": ("png", feature_as("action", "float32"), ["feature 'action' is 'float32', expected its dtype"]),
-    "paths of other parts": (
-        "png",
-        info(data_path="data/{episode}.parquet"),
-        ["data_path is 'data/{episode}.parquet'"],
-    ),
-    "no video_path": ("h264", without("video_path"), ["video_path is None, expected a path that names chunk_index, "]),
-    "no state": (
-        "png",
-        lambda root: edit_info(root, lambda info: info["features"].pop("observation.state")),
-        ["'observation.state' is not among ['action', 'episode_index'", "expected numbers of shape [D]"],
-    ),
-    "state of a matrix": (
-        "png",
-        feature("observation.state", shape=[3, 1]),
-        ["float32 of shape [3, 1], expected numbers"],
-    ),
-    "action of words": ("png", feature("action", dtype="string", shape=[1]), ["string of shape [1], expected numbers"]),
-    "action of too much": ("png", feature("action", shape=[10**11]), ["shape [100000000000], expected numbers of"]),
-    "action of nothing": ("png", feature("action", shape=[0]), ["float32 of shape [0], expected numbers of shape [D]"]),
-    "no camera": ("png", no_cameras, ["has cameras []", "expected at least one", "--data.cameras"]),
-    "image of two numbers": ("png", feature(TABLE, shape=[16, 32]), ["shape [16, 32], expected three numbers above 0"]),
-    "image of no height": (
-        "png",
-        feature(TABLE, shape=[3, 0, 32]),
-        ["shape [3, 0, 32], expected three numbers above 0"],
-    ),
-    "shape of words": ("png", feature(TABLE, shape=[3, True, 32]), ["expected its dtype and shape"]),
-    "words of no alphabet": ("png", damaged_names(TASKS), [f"{TASKS} is missing or unreadable"]),
-    "episodes missing": ("png", removed(EPISODES), ["meta/episodes has no parquet file, expected at least 1", REPAIR]),
-    "episodes cut short": ("png", shorter(EPISODES), [f"{EPISODES} is missing or unreadable", REPAIR]),
-    "episodes of none": ("png", rows([], EPISODES), ["meta/episodes has no episode, expected at least 1"]),
-    "episodes without a column": (
-        "h264",
-        lambda root: edit_columns(root / EPISODES, {"length": None, f"videos/{WRIST}/to_timestamp": None}),
-        [f"{EPISODES} lacks the columns ['length', 'videos/{WRIST}/to_timestamp']"],
-    ),
-    "episodes of words": ("png", values("length", lambda old: "four", EPISODES), ["meta/episodes: ", "whole numbers"]),
-    "episodes of nulls": ("png", value("length", 1, None, EPISODES), ["meta/episodes has rows without ['length']"]),
-    "tasks missing": ("png", removed(TASKS), [f"{TASKS} is missing or unreadable", REPAIR]),
-    "tasks cut short": ("png", shorter(TASKS), [f"{TASKS} is missing or unreadable", REPAIR]),
-    "tasks of none": ("png", rows([], TASKS), [f"{TASKS} has no instruction, expected one for each task", REPAIR]),
-    "tasks without words": (
-        "png",
-        lambda root: edit_columns(root / TASKS, {"task": None}),
-        [f"{TASKS} has no instruction"],
-    ),
-    "episodes missing, v2.1": ("v2.1", removed("meta/episodes.jsonl"), ["episodes.jsonl is missing or unreadable"]),
-    "episodes cut short, v2.1": ("v2.1", shorter("meta/episodes.jsonl", 0.7), ["episodes.jsonl, line 3 is no JSON"]),
-    "episodes of none, v2.1": ("v2.1", content("meta/episodes.jsonl", b"\n"), ["episodes.jsonl has no episode"]),
-    "episodes of words, v2.1": (
-        "v2.1",
-        line("meta/episodes.jsonl", 1, length="three"),
-        ["episodes.jsonl, line 2 is {", '"three"', "expected episode_index (int) and length (int)", REPAIR],
-    ),
-    "episodes of numbers, v2.1": (
-        "v2.1",
-        content("meta/episodes.jsonl", b"1\n"),
-        ["episodes.jsonl, line 1 is 1, expected"],
-    ),
-    "tasks of no text, v2.1": (
-        "v2.1",
-        content("meta/tasks.jsonl", b"\xff\xfe"),
-        ["tasks.jsonl is missing or unreadable"],
-    ),
-}
-
-
-@pytest.mark.parametrize("wrong", REFUSED)
-def test_metadata_that_cannot_be_understood_are_refused_with_found_expected_and_cure(wrong, bases, tmp_path):
-    base, plant, told = REFUSED[wrong]
-    root = copy(bases[base], tmp_path / "set")
-    plant(root)
-    for opened in (lambda: LeRobotDataset(root), lambda: command.main(command.Options("check", str(root)))):
-        with pytest.raises(InputError) as refusal:
-            opened()
-        for text in (str(root), *told):
-            assert text in str(refusal.value)
-    assert not list(root.glob("**/frames.npy"))
 
 
 @pytest.mark.parametrize("base", ["png", "files", "h264", "v2.1", "v2.1 h264"])

@@ -1,5 +1,4 @@
 import itertools
-import json
 import os
 import subprocess
 import sys
@@ -9,105 +8,38 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from robots import (
+    ACTIONS,
+    ARM,
+    CRANE,
+    HEADS,
+    STATES,
+    TEXTS,
+    A,
+    B,
+    H,
+    P,
+    configuration,
+    edit_config,
+    observation,
+    random_batch,
+    rows,
+    saved,
+    tiny,
+)
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import vla
 from vla import InputError, keyed
-from vla.config import MODULES, LossConfig, ModelConfig, OptimConfig
+from vla.config import MODULES, LossConfig, OptimConfig
 from vla.data.stats import statistics
 from vla.images import resize_with_padding
-from vla.model import DatasetSpec, PolicyConfig, VLAPolicy
+from vla.model import VLAPolicy
 from vla.model.policy import check
 from vla.optim import parameter_groups
 
-B, H, A, P = 8, 4, 3, 2
-HEADS = {
-    "flow": {"head": "flow"},
-    "regression": {"head": "regression", "gripper_dims": (2,), "loss": LossConfig(l1=1.0, mse=0.5)},
-    "token": {"head": "token", "bins": 16},
-}
 SUBSETS = [names for count in (1, 2) for names in itertools.combinations(MODULES, count)]  # never all
-RANDOM = np.random.default_rng(0)
-STATES = RANDOM.normal([3.0, -200.0], [0.1, 50.0], (100, P)).astype(np.float32)
-ACTIONS = RANDOM.normal([0.0, 1000.0, 0.0], [0.01, 30.0, 1.0], (100, A)).astype(np.float32)  # in three units
-ACTIONS[:, 2] = ACTIONS[:, 2] > 0
-ARM = DatasetSpec("arm", ("table", "wrist"), ("x", "y"), ("dx", "dy", "grip"), 10)
-# The robot of another data set, which lacks the first camera and the last dimensions, and moves in other units.
-CRANE = DatasetSpec("crane", ("wrist",), ("height",), ("lift", "turn"), 5)
-CRANE_STATES = RANDOM.normal([7000.0], [90.0], (100, 1)).astype(np.float32)
-CRANE_ACTIONS = RANDOM.normal([-20.0, 0.5], [4.0, 1e-3], (100, 2)).astype(np.float32)
-VALUES = {"arm": (STATES, ACTIONS), "crane": (CRANE_STATES, CRANE_ACTIONS)}
-WHICH = torch.tensor([0, 1, 1, 0, 0, 1, 0, 1])  # the data set of each sample of a mixed batch
-TEXTS = ["pick", "place", "put the red cube in the", "push it", "turn left", "turn right", "open the drawer", "wait"]
-
-
-def configuration(datasets=(ARM,), **model):
-    sizes = {"chunk_size": H, "n_action_steps": 2, "width": 32, "attention_heads": 2, "language_layers": 2}
-    sizes |= {"head_layers": 2, "mlp_ratio": 2, "max_tokens": 32, "vision_stride": 8, "flow_steps": 4}
-    return PolicyConfig(ModelConfig(**sizes | model), ("table", "wrist"), (16, 24), datasets)
-
-
-def tiny(datasets=(ARM,), **model):
-    """A small policy with statistics. Its last layer, which starts at 0 and hides all before it, is random."""
-    torch.manual_seed(0)
-    policy = VLAPolicy(configuration(datasets, **model))
-    policy.set_statistics([tuple(map(statistics, VALUES[spec.name])) for spec in datasets])
-    nn.init.normal_(policy.action_head.decoder.out[-1].weight, std=0.1)
-    return policy
-
-
-def mixed_batch(policy, which=WHICH):
-    """A batch of the robots ARM and CRANE. which: int64 [B], their places."""
-    batch = random_batch(policy) | {"dataset": which}
-    for b in torch.nonzero(which)[:, 0].tolist():
-        batch["image_mask"][b, 0], batch["images"][b, 0] = False, 0
-        batch["state"][b] = torch.tensor([CRANE_STATES[b, 0], 0])
-        batch["actions"][b] = torch.from_numpy(np.pad(CRANE_ACTIONS[b * H : (b + 1) * H], [(0, 0), (0, 1)]))
-    return batch
-
-
-def learned(policy, batch):
-    """What the policy makes of a batch, and the gradients of its loss, by name."""
-    policy.zero_grad()
-    output = policy(batch)
-    output["loss"].backward()
-    found = {name: value.detach() for name, value in output.items()} | {"chunk": policy.predict_chunk(batch)}
-    return found | {name: p.grad.clone() for name, p in policy.named_parameters()}
-
-
-def assert_same(found, expected):
-    assert found.keys() == expected.keys()
-    assert [name for name, value in expected.items() if not torch.equal(found[name], value)] == []
-
-
-def random_batch(policy, texts=tuple(TEXTS)):
-    generator, size = torch.Generator().manual_seed(1), len(texts)
-    tokens, token_mask = policy.tokenize(list(texts))
-    return {
-        "dataset": torch.zeros(size, dtype=torch.int64),
-        "image_mask": torch.ones(size, 2, dtype=torch.bool),
-        "images": torch.randint(0, 256, (size, 2, 3, 16, 24), generator=generator, dtype=torch.uint8),
-        "state": torch.from_numpy(STATES[:size]).clone(),
-        "tokens": tokens,
-        "token_mask": token_mask,
-        "actions": torch.from_numpy(ACTIONS[: size * H]).view(size, H, A).clone(),
-        "action_is_pad": torch.arange(H)[None] > torch.arange(size)[:, None],
-        "key": keyed.derive(0, torch.arange(size)),
-    }
-
-
-def observation(seed=0, text="pick"):
-    random = np.random.default_rng(seed)
-    return {
-        "images": random.integers(0, 256, (2, 3, 16, 24), dtype=np.uint8),
-        "state": STATES[seed],
-        "instruction": text,
-    }
-
-
-def rows(batch, which):
-    return {name: value[which] for name, value in batch.items()}
 
 
 def span():
@@ -277,97 +209,6 @@ def test_language_loss_depends_on_the_images():
     assert torch.equal(loss, policy(batch)["lm"])
 
 
-# ---- Several data sets
-
-PAIR_HEADS = HEADS | {"regression": {"head": "regression", "gripper_dims": (1,), "loss": LossConfig(l1=1.0, mse=0.5)}}
-
-
-@pytest.mark.parametrize("head", HEADS)
-def test_pixels_of_a_masked_camera_change_no_bit_of_output_or_gradient(head):
-    model = PAIR_HEADS[head]
-    loss = LossConfig(**{**vars(model.get("loss", LossConfig())), "lm": 0.1})
-    policy = tiny((ARM, CRANE), **model | {"loss": loss})
-    batch = mixed_batch(policy)
-    expected = learned(policy, batch)
-    noise = torch.randint(0, 256, batch["images"].shape, dtype=torch.uint8)
-    noisy = torch.where(batch["image_mask"][:, :, None, None, None], batch["images"], noise)
-    assert_same(learned(policy, batch | {"images": noisy}), expected)
-    seen = learned(policy, batch | {"images": noisy, "image_mask": torch.ones_like(batch["image_mask"])})
-    assert all((seen[name] != expected[name]).any() for name in ("loss", "lm", "chunk", "vision_encoder.camera"))
-
-
-def test_camera_that_no_sample_has_learns_nothing():
-    policy = tiny((ARM, CRANE), loss=LossConfig(lm=0.1))
-    gradient = learned(policy, mixed_batch(policy, torch.ones_like(WHICH)))["vision_encoder.camera"]
-    assert not gradient[0].any()
-    assert gradient[1].any()
-
-
-@pytest.mark.parametrize("head", HEADS)
-def test_dimensions_that_a_robot_lacks_carry_and_teach_nothing(head):
-    policy = tiny((ARM, CRANE), **PAIR_HEADS[head])
-    batch = mixed_batch(policy, torch.ones_like(WHICH))
-    expected = learned(policy, batch)
-    assert not expected["chunk"][..., 2].any()
-    per_dim = {
-        "action_head.decoder.state.weight": expected["action_head.decoder.state.weight"].T,
-        "action_head.decoder.out.1.weight": expected["action_head.decoder.out.1.weight"].unflatten(0, (A, -1)),
-        "action_head.decoder.out.1.bias": expected["action_head.decoder.out.1.bias"].unflatten(0, (A, -1)),
-    }
-    if head == "flow":
-        per_dim["action_head.action.weight"] = expected["action_head.action.weight"].T
-    for name, gradient in per_dim.items():
-        assert not gradient[-1].any(), name
-        assert all(gradient[d].any() for d in range(len(gradient) - 1)), name
-    batch["state"][:, 1:], batch["actions"][..., 2:] = 1e3, -1e3
-    assert_same(learned(policy, batch), expected)
-
-
-@pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("spec", [ARM, CRANE], ids=lambda spec: spec.name)
-def test_robot_of_a_mixture_learns_and_predicts_as_with_a_policy_of_its_own(head, spec):
-    pair, place = tiny((ARM, CRANE), **PAIR_HEADS[head]), (ARM, CRANE).index(spec)
-    alone, batch = tiny((spec,), **PAIR_HEADS[head]), rows(mixed_batch(pair), place == WHICH)
-    dims = {"state": len(spec.state_names), "actions": len(spec.action_names)}
-    own = alone.state_dict()
-    for name, value in pair.state_dict().items():
-        if "_norm." not in name:  # weights of dimensions that it lacks are left out
-            own[name] = value[: len(own[name])] if value.ndim < 2 else value[: len(own[name]), : own[name].shape[1]]
-    alone.load_state_dict(own)
-    only = batch | {name: batch[name][..., :count] for name, count in dims.items()}
-    only |= {"dataset": torch.zeros_like(batch["dataset"])}
-    if spec == ARM:
-        assert_same(learned(pair, batch), learned(alone, only))
-    elif head != "flow":  # whose noise depends on the number of dimensions
-        for name, value in learned(alone, only).items():
-            if name in ("loss", "sample_loss", "chunk"):
-                found = learned(pair, batch)[name]
-                torch.testing.assert_close(found[..., : dims["actions"]] if name == "chunk" else found, value)
-
-
-def test_robots_predict_each_in_their_own_units():
-    policy = tiny((ARM, CRANE), head="regression")
-    nn.init.zeros_(policy.action_head.decoder.out[-1].weight)
-    nn.init.zeros_(policy.action_head.decoder.out[-1].bias)
-    chunk = policy.predict_chunk(mixed_batch(policy))
-    for place, values in enumerate((ACTIONS, CRANE_ACTIONS)):
-        middle = torch.tensor(np.quantile(values, (0.01, 0.99), axis=0).mean(0), dtype=torch.float32)
-        found = chunk[place == WHICH][..., : len(middle)]
-        torch.testing.assert_close(found, middle.expand_as(found))
-
-
-@pytest.mark.parametrize("head", HEADS)
-def test_sample_learns_and_predicts_the_same_whatever_robots_are_in_its_batch(head):
-    policy = tiny((ARM, CRANE), **PAIR_HEADS[head])
-    batch = mixed_batch(policy)
-    together, chunk = policy(batch)["sample_loss"], policy.predict_chunk(batch)
-    assert together.isfinite().all()
-    for b in range(B):
-        own = rows(batch, slice(b, b + 1))
-        torch.testing.assert_close(policy(own)["sample_loss"], together[b : b + 1])
-        torch.testing.assert_close(policy.predict_chunk(own), chunk[b : b + 1], rtol=1e-4, atol=1e-4)
-
-
 # ---- Prediction
 
 
@@ -514,61 +355,6 @@ def test_collate_makes_the_batch_of_the_contract():
     assert shapes.keys() == random_batch(policy).keys() - {"actions", "action_is_pad"}
 
 
-def of_crane(seed=0, height=16, width=24, **changed):
-    images = np.random.default_rng(seed).integers(0, 256, (1, 3, height, width), dtype=np.uint8)
-    return {"images": images, "state": CRANE_STATES[seed], "instruction": "lift"} | changed
-
-
-def test_policy_of_several_robots_acts_only_once_it_is_told_which_it_drives():
-    policy, crane = tiny((ARM, CRANE), n_action_steps=3), tiny((ARM, CRANE), n_action_steps=3)
-    for act in (policy.select_action, lambda seen: policy.collate([seen], torch.tensor([0]))):
-        with pytest.raises(InputError, match=r"trained on arm, crane: say with policy.drive\(name\) whose robot acts"):
-            act(observation())
-    with pytest.raises(InputError, match="data set 'boat' is unknown to the policy, which was trained on arm, crane"):
-        policy.drive("boat")
-    policy.drive("arm")
-    assert policy.driven == ARM
-    assert policy.select_action(observation()).shape == (3,)
-    policy.drive("crane")  # in the middle of the chunk of the other
-    policy.reset()
-    crane.drive("crane")
-    assert policy.driven == CRANE
-    action = policy.select_action(of_crane())
-    assert action.shape == (2,)
-    np.testing.assert_array_equal(action, crane.select_action(of_crane()))
-    low, high = CRANE_ACTIONS.min(0), CRANE_ACTIONS.max(0)
-    assert (np.abs(action - (low + high) / 2) < 2 * (high - low)).all()
-
-
-def test_robot_that_is_driven_anew_gets_no_action_of_the_one_before():
-    policy = tiny((ARM, CRANE), n_action_steps=3)
-    policy.drive("arm")
-    policy.select_action(observation())
-    policy.drive("crane")
-    assert policy.select_action(of_crane()).shape == (2,)
-
-
-def test_single_robot_is_driven_without_being_told():
-    policy = tiny()
-    assert policy.driven == ARM
-    policy.drive("arm")
-    with pytest.raises(InputError, match="data set 'crane' is unknown to the policy, which was trained on arm"):
-        policy.drive("crane")
-
-
-def test_collate_fills_what_the_driven_robot_lacks():
-    policy = tiny((ARM, CRANE))
-    policy.drive("crane")
-    seen = [of_crane(0), of_crane(1)]
-    batch = policy.collate(seen, torch.tensor([5, 6]))
-    assert batch["dataset"].tolist() == [1, 1]
-    assert batch["image_mask"].tolist() == [[False, True], [False, True]]
-    for row, each in enumerate(seen):
-        assert not batch["images"][row, 0].any()
-        np.testing.assert_array_equal(batch["images"][row, 1].numpy(), each["images"][0])
-        assert batch["state"][row].tolist() == [each["state"][0], 0]
-
-
 @pytest.mark.filterwarnings("error")
 def test_images_by_name_and_of_any_size_are_brought_to_the_policys_as_in_training():
     policy, random = tiny(), np.random.default_rng(0)
@@ -583,44 +369,6 @@ def test_images_by_name_and_of_any_size_are_brought_to_the_policys_as_in_trainin
     batch = policy.collate([observation() | {"images": both}], torch.tensor([0]))
     assert torch.equal(batch["images"][0, 0], resized)
     assert batch["images"].shape == (1, 2, 3, 16, 24)
-
-
-PIXELS = np.zeros((3, 16, 24), np.uint8)
-WRONG_OBSERVATIONS = {
-    "a camera less": ({"images": PIXELS[None]}, "1 images, expected those of the cameras of arm: table, wrist"),
-    "a camera more": (
-        {"images": np.stack([PIXELS] * 3)},
-        "3 images, expected those of the cameras of arm: table, wrist",
-    ),
-    "a name less": (
-        {"images": {"table": PIXELS}},
-        "images of table, expected those of the cameras of arm: table, wrist",
-    ),
-    "a name more": (
-        {"images": dict.fromkeys(("table", "wrist", "front"), PIXELS)},
-        "images of table, wrist, front, expected those of the cameras of arm: table, wrist",
-    ),
-    "colours last": (
-        {"images": {"table": PIXELS, "wrist": PIXELS.transpose(1, 2, 0)}},
-        r"image of wrist is uint8 \[16, 24, 3\], expected uint8 \[3, height, width\]",
-    ),
-    "floats": ({"images": np.zeros((2, 3, 16, 24))}, r"image of table is float64 \[3, 16, 24\], expected uint8 "),
-    "a state less": (
-        {"state": STATES[0, :1]},
-        r"state has shape \[1\], expected the 2 numbers of arm: x, y",
-    ),
-    "a state of a batch": ({"state": STATES[:1]}, r"state has shape \[1, 2\], expected the 2 numbers of arm: x, y"),
-}
-
-
-@pytest.mark.parametrize("wrong", WRONG_OBSERVATIONS)
-def test_observation_of_another_robot_is_refused(wrong):
-    changed, told = WRONG_OBSERVATIONS[wrong]
-    for datasets in ((ARM,), (CRANE, ARM)):
-        policy = tiny(datasets)
-        policy.drive("arm")
-        with pytest.raises(InputError, match=told):
-            policy.select_action(observation() | changed)
 
 
 def test_instruction_becomes_its_bytes_after_a_beginning_mark():
@@ -696,11 +444,6 @@ def test_saved_policy_predicts_the_same_to_the_bit_in_a_new_process(tmp_path):
         assert torch.equal(load_file(tmp_path / f"{head}.chunk")["chunk"], policy.predict_chunk(batch))
 
 
-def saved(tmp_path, **model):
-    tiny(**model).save_pretrained(tmp_path / "export")
-    return tmp_path / "export"
-
-
 def test_loaded_policy_is_whole_and_ready_to_act(tmp_path):
     model = {"head": "regression", "gripper_dims": (2,), "freeze": ("vision_encoder",), "loss": LossConfig(lm=0.3)}
     policy = VLAPolicy.from_pretrained(saved(tmp_path, **model))
@@ -716,32 +459,10 @@ def test_loaded_policy_is_whole_and_ready_to_act(tmp_path):
     np.testing.assert_array_equal(actions(policy), actions(original))
 
 
-def test_loaded_policy_of_several_robots_is_whole_and_asks_again_which_to_drive(tmp_path):
-    original = tiny((ARM, CRANE), head="regression", gripper_dims=(1,))
-    original.drive("crane")
-    original.save_pretrained(tmp_path / "export")
-    policy = VLAPolicy.from_pretrained(tmp_path / "export")
-    assert policy.config == original.config
-    assert (policy.config.state_dim, policy.config.action_dim) == (P, A)
-    assert policy.state_dict().keys() == original.state_dict().keys()
-    with pytest.raises(InputError, match="say with policy"):
-        policy.select_action(of_crane())
-    policy.drive("crane")
-    np.testing.assert_array_equal(policy.select_action(of_crane()), original.select_action(of_crane()))
-    batch = mixed_batch(policy)
-    assert torch.equal(policy.predict_chunk(batch), original.predict_chunk(batch))
-
-
 def edit_weights(folder, change):
     weights = load_file(folder / "model.safetensors")
     change(weights)
     save_file(weights, folder / "model.safetensors")
-
-
-def edit_config(folder, change):
-    config = json.loads((folder / "config.json").read_text())
-    change(config)
-    (folder / "config.json").write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize("name", ["action_head.decoder.slot", "action_norm.high", "vision_encoder.camera"])
@@ -789,27 +510,6 @@ def test_configuration_that_lacks_an_entry_is_refused(tmp_path, entry):
     folder = saved(tmp_path)
     edit_config(folder, lambda config: config.pop(entry))
     with pytest.raises(InputError, match=f"lacks {entry}"):
-        VLAPolicy.from_pretrained(folder)
-
-
-WRONG_DATASETS = {
-    "no list": (lambda config: config.update(datasets={"name": "arm"}), "has datasets .*, expected a list"),
-    "no entries": (
-        lambda config: config.update(datasets=["arm"]),
-        "has 'arm' in place of the entries of a DatasetSpec",
-    ),
-    "an entry too many": (lambda config: config["datasets"][0].update(units="mm"), "has unknown entries units"),
-    "an entry too few": (lambda config: config["datasets"][0].pop("fps"), "lacks fps"),
-    "none": (lambda config: config.update(datasets=[]), "the data sets are named .*; expected at least one"),
-}
-
-
-@pytest.mark.parametrize("wrong", WRONG_DATASETS)
-def test_configuration_with_wrong_data_sets_is_refused(tmp_path, wrong):
-    change, told = WRONG_DATASETS[wrong]
-    folder = saved(tmp_path)
-    edit_config(folder, change)
-    with pytest.raises(InputError, match=told):
         VLAPolicy.from_pretrained(folder)
 
 
