@@ -215,9 +215,9 @@ class _Reader:
         place = (self.start[row] + within)[fits]
 
         def check(column: str, good: np.ndarray, tell) -> None:
-            for bad in np.flatnonzero(~good):
-                if (column, row[bad]) not in self.noted:
-                    self.note(path, column, row[bad], f"frame {within[bad]}: {column} is {tell(bad)}")
+            bad = np.flatnonzero(~good)
+            for first in bad[np.unique(row[bad], return_index=True)[1]]:  # of each episode
+                self.note(path, column, row[first], f"frame {within[first]}: {column} is {tell(first)}")
 
         tasks = _integers(batch, "task_index")
         times = batch["timestamp"].cast(pa.float64()).to_numpy(zero_copy_only=False)

@@ -22,7 +22,7 @@ CACHE = ".vla_cache"  # in the data set's folder
 class LeRobotDataset:
     """A data set on the disk, of which memory holds only where its episodes begin and end.
 
-    root, selected: which part of which data set, as Selection takes it.
+    root, selected: which part of which data set, as Selection takes it; or a Selection.
     cache: decoded pictures on the disk, in memory, or none, so that they are decoded as they are read. cache_dir: where
     that and the index of numbers lie, by default in the data set's folder.
     tolerance_s: how far a frame's time may lie from frame_index / fps.
@@ -36,7 +36,7 @@ class LeRobotDataset:
 
     def __init__(
         self,
-        root: str | Path,
+        root: str | Path | Selection,
         *,
         cache: Literal["disk", "memory", "none"] = "disk",
         cache_dir: str | Path | None = None,
@@ -45,7 +45,7 @@ class LeRobotDataset:
         accept: tuple[str, ...] = (),
         **selected,
     ):
-        selection = Selection(root, **selected)
+        selection = root if isinstance(root, Selection) else Selection(root, **selected)
         layout = selection.layout
         self.name, self.fps, self.instructions = selection.name, layout.fps, layout.instructions
         self.cameras, self.image_size = tuple(selection.cameras), selection.image_size

@@ -89,11 +89,7 @@ def open_datasets(config: DataConfig) -> Mixture:
     _check_fit(config, parts)
     opened = {"cache": config.cache, "cache_dir": config.cache_dir or None, "tolerance_s": config.tolerance_s}
     opened |= {"skip_bad": config.skip_bad, "accept": config.accept}
-    datasets = [
-        LeRobotDataset(path, rename=rename, **chosen, **opened)
-        for path, rename in zip(config.path, renames, strict=True)
-    ]
-    return Mixture(datasets, config.weights, config.cameras)
+    return Mixture([LeRobotDataset(part, **opened) for part in parts], config.weights, config.cameras)
 
 
 def _camera_map(config: DataConfig) -> Iterator[tuple[str, str, str]]:
