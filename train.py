@@ -16,11 +16,11 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
-from vla import InputError, NotSaved
-from vla import config as configuration
+from vla import InputError, NotSaved, options
+from vla.config import TrainConfig
 
 
-def main(config: configuration.TrainConfig) -> None:
+def main(config: TrainConfig) -> None:
     # On a busy CPU, threads that spin while they wait take the cores from those they wait for: 4 times slower.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
@@ -44,8 +44,8 @@ def main(config: configuration.TrainConfig) -> None:
     # ---- What can be wrong with the input is found here, before any process group exists.
     started, run_dir = time.perf_counter(), Path(config.run_dir)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    micro_batch, accumulation = configuration.accumulation(config, world_size)
-    resuming = configuration.resume_folder(config) is not None
+    micro_batch, accumulation = options.accumulation(config, world_size)
+    resuming = options.resume_folder(config) is not None
     checkpoints = checkpoint.prepare(run_dir, resuming, rank)
     signals = Signals(run_dir)
     if config.deterministic:
@@ -117,7 +117,7 @@ def main(config: configuration.TrainConfig) -> None:
     if steps < first_step:
         raise InputError(f"--steps {steps} is behind the checkpoint, which is of step {first_step}; give at least that")
     if main_process:
-        configuration.save(config, run_dir / "config.json")
+        options.save(config, run_dir / "config.json")
 
     if accelerator.num_processes > 1:
         # DDP sorts its buckets by its first backward pass, and gradients added in another order have other bits.
@@ -298,7 +298,7 @@ def main(config: configuration.TrainConfig) -> None:
 
 if __name__ == "__main__":
     try:
-        main(configuration.parse(sys.argv[1:]))
+        main(options.parse(sys.argv[1:]))
     except (InputError, NotSaved, FloatingPointError) as error:
         if int(os.environ.get("RANK", 0)) == 0:  # every process finds the same fault: say it once
             from tqdm import tqdm

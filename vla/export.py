@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vla import InputError, checkpoint
-from vla.config import run_folder
 from vla.model.policy import VLAPolicy
+from vla.options import run_folder
 
 # What wrappers put before the names of weights: DDP, torch.compile, and trainers that keep the policy as an
 # attribute.

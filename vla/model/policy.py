@@ -19,11 +19,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vla import InputError, keyed
-from vla.config import MODULES, LossConfig, ModelConfig, from_dict, within
+from vla.config import MODULES, LossConfig, ModelConfig
 from vla.images import resize_with_padding
 from vla.model.backbone import PATCH, LanguageModel, VisionEncoder, tokenize
 from vla.model.heads import HEADS
 from vla.model.normalize import Normalizer
+from vla.options import from_dict, within
 
 
 @dataclass(frozen=True)
