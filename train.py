@@ -61,7 +61,9 @@ def main(config: TrainConfig) -> None:
     specs = tuple(
         DatasetSpec(d.name, data.in_order(d.cameras), d.state_names, d.action_names, d.fps) for d in data.datasets
     )
-    policy = VLAPolicy(PolicyConfig(config.model, data.cameras, data.image_size, specs))
+    # Pretrained weights that are trained come from the checkpoint, those that are not from where they came from.
+    saved, needed = (run_dir / "backbone", config.model.freeze or config.lora.rank) if resuming else (None, True)
+    policy = VLAPolicy(PolicyConfig(config.model, data.cameras, data.image_size, specs, config.lora), saved, needed)
     halves = [split(dataset.episodes, config.data.val_fraction, config.seed) for dataset in data.datasets]
     train_episodes, val_episodes = zip(*halves, strict=True)
     train_samples = Samples(data, train_episodes, policy.tokenize, config.model.chunk_size, config.seed, shuffle=True)
@@ -91,9 +93,11 @@ def main(config: TrainConfig) -> None:
     device, main_process = accelerator.device, accelerator.is_main_process
     if config.compile:
         policy.compile()  # in place, so that the names of saved weights stay as they are
+    policy.freeze_at(math.inf)  # what will be trained at some time is in the optimizer from the start
     groups = parameter_groups(policy, config.optim)
+    trained = [p for group in groups for p in group["params"]]
+    policy.freeze_at(0)
     model, optimizer = accelerator.prepare(policy, torch.optim.AdamW(groups, betas=config.optim.betas, fused=True))
-    trained = [p for p in policy.parameters() if p.requires_grad]
     ema = EMA(policy, config.optim.ema) if config.optim.ema else None
 
     # ---- Resume: one integer places the data, the learning rate and the logs.

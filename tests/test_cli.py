@@ -374,8 +374,8 @@ def all_different(cls, default):
             values[name] = old + 1
         elif isinstance(old, str):
             values[name] = old + "x"
-        elif name == "module_lrs":
-            values[name] = (("action_head", 0.5),)
+        elif name in ("module_lrs", "unfreeze"):
+            values[name] = (("action_head", 5),)
         else:
             kind = typing.get_args(kinds[name])[0]
             values[name] = typing.get_args(kind) or (kind(7), kind(9))

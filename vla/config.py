@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-MODULES = ("vision_encoder", "language_model", "action_head")
+MODULES = ("vision_encoder", "language_model", "action_head")  # of every policy; a composed one has a projector too
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class LossConfig:
     flow: float = 1.0
     # Token head: cross-entropy of the binned actions.
     ce: float = 1.0
-    # Any head: cross-entropy of the instruction's next byte, given the images.
+    # Any head: cross-entropy of the instruction's next token, given the images.
     lm: float = 0.0
 
 
@@ -87,21 +87,40 @@ class ModelConfig:
     chunk_size: int = 16
     # Actions of a chunk that are executed before the policy looks again.
     n_action_steps: int = 8
-    # Width of the tokens (D).
+    # Pretrained image-text model in place of the built-in backbone: SmolVLM, Idefics3, PaliGemma, Qwen2.5-VL or
+    # Qwen3-VL, a folder or owner/name on the Hugging Face hub.
+    backbone: str = ""
+    # Or one composed of two, joined by a projector: this image encoder (SigLIP, SigLIP 2, DINOv2, DINOv3, …)
+    vision_backbone: str = ""
+    # … and this causal language model.
+    language_backbone: str = ""
+    # Give the pretrained parts random weights, for tests and benchmarks.
+    random_backbone: bool = False
+    # Run the code that comes with a pretrained model.
+    trust_remote_code: bool = False
+    # How pretrained parts compute attention.
+    attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
+    # What frozen weights of a pretrained backbone are kept in.
+    frozen_dtype: Literal["float32", "bfloat16"] = "float32"
+    # Compute the activations of transformer layers again in the backward pass, in place of keeping them.
+    gradient_checkpointing: bool = False
+    # Width of the tokens (D); of the action head alone, if the backbone is pretrained.
     width: int = 256
-    # Residual convolution blocks at each scale of the image encoder.
+    # Residual convolution blocks at each scale of the built-in image encoder.
     vision_blocks: int = 1
-    # Pixels per image token and direction: a power of two.
+    # Pixels per image token and direction of the built-in image encoder: a power of two.
     vision_stride: int = 16
-    # Transformer layers over image and instruction tokens.
-    language_layers: int = 4
+    # Transformer layers over image and instruction tokens; of a pretrained model the first ones (0: all, built in: 4).
+    language_layers: int = 0
+    # Layer whose output the action head attends to (0: the last); those above it learn from loss.lm alone.
+    hidden_layer: int = 0
     # Transformer layers of the action head.
     head_layers: int = 4
     # Attention heads in every transformer layer.
     attention_heads: int = 8
     # Width of the hidden layer of every transformer layer, in multiples of the width.
     mlp_ratio: int = 4
-    # Bytes of the longest instruction and a beginning mark; longer ones are refused. A multiple of 4.
+    # Tokens that every instruction is padded to; longer ones are refused. Built in: its bytes and one; a multiple of 4.
     max_tokens: int = 64
     # Scale of states and actions.
     normalization: Literal["mean_std", "min_max", "quantile"] = "quantile"
@@ -113,16 +132,35 @@ class ModelConfig:
     bins: int = 256
     # Share of probability spread over all bins (token head).
     label_smoothing: float = 0.0
-    # Parts that are not trained: vision_encoder, language_model, action_head.
+    # Parts that are not trained: vision_encoder, projector, language_model, action_head, or parts of them by their
+    # names, such as language_model.model.embed_tokens.
     freeze: tuple[str, ...] = ()
+    # Steps from which on frozen parts are trained after all, as name and step: language_model 2000.
+    unfreeze: tuple[tuple[str, int], ...] = ()
     loss: LossConfig = field(default_factory=LossConfig)
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (Hu et al., 2021) on frozen linear maps, through peft."""
+
+    # Rank of the adapters (0: none).
+    rank: int = 0
+    # Adapters are scaled by alpha / rank.
+    alpha: float = 16.0
+    # Share of an adapter's inputs that are dropped in training.
+    dropout: float = 0.0
+    # Modules that get adapters, and whose own weights are frozen.
+    modules: tuple[str, ...] = ("language_model",)
+    # Linear maps in them, by the ends of their names, such as q_proj v_proj (by default all in the repeated blocks).
+    targets: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     # Peak learning rate.
     lr: float = 3e-4
-    # Learning rates of single modules, as name and rate: vision_encoder 1e-4 action_head 5e-4.
+    # Learning rates of modules, or parts of them, as name and rate: vision_encoder 1e-4 action_head 5e-4.
     module_lrs: tuple[tuple[str, float], ...] = ()
     # Shape of the learning rate over the run, after the warm-up.
     schedule: Literal["constant", "linear", "cosine", "step", "wsd"] = "cosine"
@@ -222,6 +260,7 @@ class TrainConfig:
     micro_batch_size: int = 0
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

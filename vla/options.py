@@ -24,6 +24,10 @@ MAY_CHANGE = (
     "data.workers",
     "data.path",  # to where the same data lie now: see the digest in trainer_state.json
     "data.cache",
+    "model.gradient_checkpointing",
+    "model.backbone",  # to where the same weights lie now: see the digest in trainer_state.json
+    "model.vision_backbone",
+    "model.language_backbone",
     "eval.",
     "checkpoint.",
     "guard.",
@@ -188,12 +192,21 @@ def validate(config: TrainConfig) -> None:
         raise InputError(f"--data.image_size is {found}; expected height and width in pixels, such as 224 224")
     if config.steps and config.epochs:
         raise InputError(f"found --steps {config.steps} and --epochs {config.epochs}; give one of them")
-    for flag, names in (("model.freeze", model.freeze), ("optim.module_lrs", dict(optim.module_lrs))):
-        if unknown := sorted(set(names) - set(MODULES)):
-            raise InputError(f"--{flag} names {', '.join(unknown)}; the modules are {', '.join(MODULES)}")
-    if set(model.freeze) == set(MODULES):
+    parts = (*MODULES, "projector")
+    for flag, names in (
+        ("model.freeze", model.freeze),
+        ("model.unfreeze", dict(model.unfreeze)),
+        ("lora.modules", config.lora.modules),
+        ("optim.module_lrs", dict(optim.module_lrs)),
+    ):
+        if unknown := sorted(name for name in names if name.partition(".")[0] not in parts):
+            raise InputError(
+                f"--{flag} names {', '.join(unknown)}; the modules are {', '.join(parts)} (of a composed backbone), "
+                "and parts of them such as language_model.model"
+            )
+    if not set(parts) - set(model.freeze) - {"projector"} and not model.vision_backbone:
         raise InputError("--model.freeze names every module, so there is nothing to train; leave one out")
-    if frozen := sorted(set(dict(optim.module_lrs)) & set(model.freeze)):
+    if frozen := sorted(set(dict(optim.module_lrs)) & set(model.freeze) - set(dict(model.unfreeze))):
         raise InputError(
             f"--optim.module_lrs gives a rate to {', '.join(frozen)}, which --model.freeze freezes; drop one"
         )
