@@ -9,7 +9,6 @@ import itertools
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from vla import InputError
 from vla.config import ModelConfig
@@ -48,7 +47,6 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, context_width: int = 0):
         super().__init__()
         width, heads, wide = config.width, config.attention_heads, config.mlp_ratio * config.width
-        self.recompute = config.gradient_checkpointing
         self.norm, self.attention = nn.LayerNorm(width), Attention(width, heads, width)
         if context_width:
             self.cross_norm, self.cross_attention = nn.LayerNorm(width), Attention(width, heads, context_width)
@@ -57,11 +55,6 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, mask: Tensor | None, context: Tensor | None = None, context_mask: Tensor | None = None
     ) -> Tensor:
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._forward, x, mask, context, context_mask, use_reentrant=False)
-        return self._forward(x, mask, context, context_mask)
-
-    def _forward(self, x: Tensor, mask: Tensor | None, context: Tensor | None, context_mask: Tensor | None) -> Tensor:
         if context is not None:
             x = x + self.cross_attention(self.cross_norm(x), context, context_mask)
         h = self.norm(x)

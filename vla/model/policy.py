@@ -8,6 +8,7 @@ import dataclasses
 import json
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin, snapshot_download
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vla import InputError, keyed
 from vla.config import LoraConfig
@@ -63,6 +65,9 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
         self.action_head = HEADS[model.head](model, width, config.state_dim, config.action_dim)
         self.state_norm = Normalizer({s.name: len(s.state_names) for s in config.datasets}, model.normalization)
         self.action_norm = Normalizer({s.name: len(s.action_names) for s in config.datasets}, model.normalization)
+        if model.gradient_checkpointing:
+            for layer in self.layers():
+                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
         self._settle_trained(config)
         base = self.backbone.originals.digest if self.backbone and weights else config.base
         self.config = dataclasses.replace(config, base=base)
@@ -90,6 +95,15 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
             for name in {*model.freeze, *config.lora.modules * bool(config.lora.rank)} & parts.keys():
                 for p in base & set(parts[name].parameters()):
                     p.data = p.data.bfloat16()
+
+    def layers(self) -> list[nn.Module]:
+        """The repeated blocks of all parts, which are computed again, or sharded, one by one."""
+        kinds = (backbone.Block,)
+        if self.backbone:
+            from transformers.modeling_layers import GradientCheckpointingLayer
+
+            kinds += (GradientCheckpointingLayer,)
+        return [part for part in self.modules() if isinstance(part, kinds)]
 
     def freeze_at(self, step: float) -> bool:
         """Freeze what is not trained at this step of a run, and nothing else. Returns whether anything changed."""
