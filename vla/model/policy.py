@@ -15,7 +15,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vla import InputError, keyed
@@ -24,6 +23,7 @@ from vla.images import resize_with_padding
 from vla.model.backbone import PATCH, LanguageModel, VisionEncoder, tokenize
 from vla.model.heads import HEADS
 from vla.model.normalize import Normalizer
+from vla.shards import Rows
 
 
 @dataclass(frozen=True)
@@ -99,18 +99,29 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
             download = {name: download.get(name) for name in ("revision", "cache_dir", "token", "local_files_only")}
             folder = Path(hf_hub_download(model_id, "model.safetensors", **download)).parent
         policy = cls(from_dict(PolicyConfig, config, str(folder / "config.json")))
-        weights = load_file(folder / "model.safetensors", device=map_location)
-        own = policy.state_dict()
-        missing, left_over = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+        weights, own = Rows.of(folder, "model"), policy.own_state()
+        missing, left_over = sorted(own.keys() - weights.parts.keys()), sorted(weights.parts.keys() - own.keys())
         if missing or left_over:
             raise InputError(
                 f"{folder / 'model.safetensors'} does not fit its config.json: missing {missing or 'nothing'}, "
                 f"left over {left_over or 'nothing'}; export the policy again"
             )
-        policy.load_state_dict(weights)
+        for name, tensor in own.items():
+            weights.read(name, tensor)
         policy.state_norm.require()
         policy.action_norm.require()
         return policy.to(map_location).eval()
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """Names of the classes of the blocks that are sharded one by one; accelerate looks them up here."""
+        parts = [module for module in self.modules() if module is not self]
+        named = {name for part in parts for name in getattr(part, "_no_split_modules", None) or ()} | {"Block"}
+        return sorted(named & {type(part).__name__ for part in parts})
+
+    def own_state(self) -> dict[str, Tensor]:
+        """The tensors that belong in a checkpoint, by name; where the policy is sharded, DTensors."""
+        return self.state_dict()
 
     def set_statistics(self, statistics: Sequence[tuple[dict, dict]]) -> None:
         """Take the statistics of the states and of the actions of each data set (see Normalizer.set_statistics)."""
