@@ -107,9 +107,7 @@ def main(config: configuration.TrainConfig) -> None:
     state |= {"data": digests}
 
     def restored(resume_from: str, passed_over: Iterable[Path] = ()) -> tuple[dict, Path]:
-        saved, path = checkpoint.restore(
-            accelerator, policy, optimizer, ema, resume_from, checkpoints, passed_over
-        )
+        saved, path = checkpoint.restore(accelerator, policy, optimizer, ema, resume_from, checkpoints, passed_over)
         if saved["metric"] != config.eval.metric:  # what was best by another measure tells nothing
             saved |= unjudged
         return saved, path
@@ -253,7 +251,8 @@ def main(config: configuration.TrainConfig) -> None:
                     norm = shards.whole(norm).to(device)
                     bad = guard.judged(norm)
                     if accelerator.scaler is None:  # the fp16 scaler does the same by itself
-                        optimizer.optimizer.found_inf = bad.to(trained[0].device)  # a fused step leaves the weights alone, without a wait
+                        # A fused step then leaves the weights alone, without a wait.
+                        optimizer.optimizer.found_inf = bad.to(trained[0].device)
                 optimizer.step()
                 optimizer.zero_grad()
             for name, value in output.items():

@@ -34,6 +34,7 @@ from accelerate import Accelerator
 from accelerate.checkpointing import load_accelerator_state
 from accelerate.utils import broadcast_object_list, gather_object
 from accelerate.utils import load as load_tensors
+from torch import Tensor
 
 from vla import InputError, shards
 from vla.config import CheckpointConfig
@@ -194,18 +195,18 @@ def delete(path: Path) -> None:
 def load(
     accelerator: Accelerator, policy: VLAPolicy, optimizer: torch.optim.Optimizer, ema: EMA | None, path: Path
 ) -> dict:
-    """Restore policy, optimizer, average and generators from a verified checkpoint. Returns the `state` given to `save`.
+    """Restore policy, optimizer, average and generators from a verified checkpoint. Returns the `state` given to save.
 
     Nothing of it is executed: JSON, safetensors, and torch.load with weights_only. Raises InputError, having changed
-    nothing, if it is one of another policy.
+    nothing, if its names or shapes are not those of the policy.
     """
     own = path / f"random_states_{accelerator.process_index}.pkl"
     if own.exists():  # a process that is new to this run has none
         load_tensors(own)  # accelerate would ignore one that is broken or unsafe
     weights, average = Rows.of(path, "model"), Rows.of(path, "ema") if ema else None
-    weights.check(policy.own_state(), f"the policy in {path}")
+    weights.check(policy.own_state(), "the weights")
     if ema:
-        average.check(ema.average, f"the average in {path}")
+        average.check(ema.average, "the average")
     if accelerator.is_fsdp2 or files(path, "optimizer"):
         _load_rows(policy, optimizer, path, weights)
         load_accelerator_state(str(path), [], [], [], [], accelerator.process_index, map_location="cpu")  # generators
@@ -219,29 +220,32 @@ def load(
 
 def _load_rows(policy: VLAPolicy, optimizer: torch.optim.Optimizer, path: Path, weights: Rows) -> None:
     """Fill policy and optimizer, or the rows of them that this process holds, tensor by tensor from the files."""
-    trained, kinds = trained_parameters(policy, optimizer), ("step", "exp_avg", "exp_avg_sq")
+    trained = trained_parameters(policy, optimizer)
     if files(path, "optimizer"):
         moments = Rows.of(path, "optimizer")
     else:  # by number, in the order of the groups
         saved = torch.load(path / "optimizer.bin", map_location="cpu", mmap=True, weights_only=True)
         numbers = [number for group in saved["param_groups"] for number in group["params"]]
         if len(numbers) != len(trained):
-            raise InputError(f"{path / 'optimizer.bin'} is of {len(numbers)} parameters, but {len(trained)} are trained")
+            raise InputError(
+                f"{path / 'optimizer.bin'} is of {len(numbers)} parameters, but {len(trained)} are trained"
+            )
         of = dict(zip(numbers, trained, strict=True))
         moments = Rows({f"{of[n]}/{kind}": [value] for n, has in saved["state"].items() for kind, value in has.items()})
     moved = {name.rpartition("/")[0] for name in moments.parts}
-    state = {
-        p: {kind: torch.zeros_like(p) if kind != "step" else torch.zeros((), device=p.device) for kind in kinds}
-        for name, p in trained.items()
-        if name in moved
-    }
-    expected = {f"{name}/{kind}": state[p][kind] for name, p in trained.items() if p in state for kind in kinds}
-    moments.check(expected, f"the optimizer in {path}")
+    state = {p: optimizer.state.get(p) or _no_moments(p) for name, p in trained.items() if name in moved}
+    expected = {f"{n}/{kind}": value for n, p in trained.items() if p in state for kind, value in state[p].items()}
+    moments.check(expected, "the moments")
     for rows, tensors in ((weights, policy.own_state()), (moments, expected)):
         for name, tensor in tensors.items():
             rows.read(name, tensor)
     optimizer.state.clear()
     optimizer.state.update(state)
+
+
+def _no_moments(p: Tensor) -> dict[str, Tensor]:
+    """What a fused AdamW has of a parameter before its first step."""
+    return {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
 
 
 def restore(
@@ -393,7 +397,8 @@ def file_mode(folder: Path) -> int:
 
 
 def in_one_line(failure: BaseException) -> str:
-    return f"{type(failure).__name__}: {str(failure).partition(chr(10))[0]}"
+    kind = "" if isinstance(failure, InputError) else f"{type(failure).__name__}: "
+    return kind + str(failure).partition("\n")[0]
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -33,9 +33,14 @@ def parameter_groups(policy: nn.Module, config: OptimConfig) -> list[dict]:
     return groups
 
 
+def named_parameters(policy: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters by the names that they have in state_dict, also in blocks that accelerate has wrapped."""
+    return {name.replace("_checkpoint_wrapped_module.", ""): p for name, p in policy.named_parameters()}
+
+
 def trained_parameters(policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
     """An optimizer's parameters by name, in the order of its groups."""
-    names = {p: name for name, p in policy.named_parameters()}
+    names = {p: name for name, p in named_parameters(policy).items()}
     return {names[p]: p for group in optimizer.param_groups for p in group["params"]}
 
 
@@ -63,7 +68,7 @@ class EMA:
 
     def __init__(self, policy: nn.Module, decay: float):
         self.decay = decay
-        self.live = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+        self.live = {name: p for name, p in named_parameters(policy).items() if p.requires_grad}
         self.average = {name: p.detach().clone() for name, p in self.live.items()}
 
     @torch.no_grad()

@@ -65,7 +65,7 @@ class Rows:
         parts: dict[str, list] = {}
         for path in files(folder, kind) or [folder / f"{kind}.safetensors"]:
             file = safe_open(path, "pt")
-            for name in file.keys():
+            for name in file.keys():  # noqa: SIM118
                 parts.setdefault(name, []).append(file.get_slice(name))
         return cls(parts)
 
@@ -74,14 +74,16 @@ class Rows:
         shapes = [_shape(part) for part in self.parts[name]]
         return (sum(shape[0] for shape in shapes), *shapes[0][1:]) if shapes[0] else ()
 
-    def check(self, expected: Mapping[str, Tensor], where: str) -> None:
+    def check(self, expected: Mapping[str, Tensor], what: str) -> None:
         """Raises InputError, naming the difference, unless names and shapes are those of these tensors."""
         missing, left_over = sorted(expected.keys() - self.parts.keys()), sorted(self.parts.keys() - expected.keys())
-        other = [name for name in sorted(expected.keys() & self.parts.keys()) if self.shape(name) != expected[name].shape]
+        other = [
+            name for name in sorted(expected.keys() & self.parts.keys()) if self.shape(name) != expected[name].shape
+        ]
         if missing or left_over or other:
             raise InputError(
-                f"{where} does not fit the policy: missing {_some(missing)}, left over {_some(left_over)}, "
-                f"of another shape {_some(other)}; use it with the settings that it was made with"
+                f"{what} are not those of this policy: missing {_some(missing)}, left over {_some(left_over)}, "
+                f"of another shape {_some(other)}; use the checkpoint with the settings that it was made with"
             )
 
     @torch.no_grad()
