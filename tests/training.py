@@ -373,9 +373,9 @@ def assert_stopped(run, children, step):
     assert not (run / "result.json").exists()
 
 
-def assert_resumes_to(run, other, processes=1, before=None):
+def assert_resumes_to(run, other, processes=1, before=None, env=None):
     """The resumed run equals the other, and takes the mark away."""
-    resumed = train("--resume_from", run, processes=processes, before=before)
+    resumed = train("--resume_from", run, processes=processes, before=before, env=env)
     assert [child.code for child in resumed] == [0] * processes, resumed[0].stderr
     assert_equal(run, other)
     assert not (run / "REQUEUE").exists()
