@@ -28,8 +28,9 @@ def main(config: TrainConfig) -> None:
     import torch
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.utils import set_seed
+    from torch.distributed.fsdp import register_fsdp_forward_method
 
-    from vla import checkpoint, evaluate, rollout
+    from vla import checkpoint, evaluate, fsdp, rollout, shards
     from vla.data.augment import augment
     from vla.data.loader import loader
     from vla.data.mixture import open_datasets
@@ -91,13 +92,15 @@ def main(config: TrainConfig) -> None:
             "the YAML is for GPUs that are not here; take another, or set ACCELERATE_USE_CPU=true"
         )
     device, main_process = accelerator.device, accelerator.is_main_process
+    fsdp.set_up(accelerator, config)
     if config.compile:
         policy.compile()  # in place, so that the names of saved weights stay as they are
     policy.freeze_at(math.inf)  # what will be trained at some time is in the optimizer from the start
     groups = parameter_groups(policy, config.optim)
-    trained = [p for group in groups for p in group["params"]]
     policy.freeze_at(0)
     model, optimizer = accelerator.prepare(policy, torch.optim.AdamW(groups, betas=config.optim.betas, fused=True))
+    register_fsdp_forward_method(policy, "predict_chunk")  # which needs the weights as forward does
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
     ema = EMA(policy, config.optim.ema) if config.optim.ema else None
 
     # ---- Resume: one integer places the data, the learning rate and the logs.
@@ -108,7 +111,7 @@ def main(config: TrainConfig) -> None:
     state |= {"data": digests}
 
     def restored(resume_from: str, passed_over: Iterable[Path] = ()) -> tuple[dict, Path]:
-        saved, path = checkpoint.restore(accelerator, resume_from, checkpoints, ema, passed_over)
+        saved, path = checkpoint.restore(accelerator, policy, optimizer, ema, resume_from, checkpoints, passed_over)
         if saved["metric"] != config.eval.metric:  # what was best by another measure tells nothing
             saved |= unjudged
         return saved, path
@@ -123,7 +126,7 @@ def main(config: TrainConfig) -> None:
     if main_process:
         options.save(config, run_dir / "config.json")
 
-    if accelerator.num_processes > 1:
+    if model is not policy:
         # DDP sorts its buckets by its first backward pass, and gradients added in another order have other bits.
         # That pass is made here and forgotten, so that a resumed run adds like one that was not stopped.
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -243,14 +246,17 @@ def main(config: TrainConfig) -> None:
             if step == 0 and not sums:
                 log.images(step, "first_batch", batch["images"][:8].cpu().numpy())
             with accelerator.accumulate(model):  # gradients cross processes with the last micro-batch alone
-                output = model(batch)
+                with accelerator.autocast():  # sharding has none of its own
+                    output = model(batch)
                 loss = guard.checked(output["loss"], output.pop("sample_loss"), batch["position"])
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(trained, config.optim.clip or math.inf)
+                    norm = shards.whole(norm).to(device)
                     bad = guard.judged(norm)
                     if accelerator.scaler is None:  # the fp16 scaler does the same by itself
-                        optimizer.optimizer.found_inf = bad  # a fused step leaves the weights alone, without a wait
+                        # A fused step then leaves the weights alone, without a wait.
+                        optimizer.optimizer.found_inf = bad.to(trained[0].device)
                 optimizer.step()
                 optimizer.zero_grad()
             for name, value in output.items():

@@ -60,16 +60,16 @@ def flags(data):
 
 @pytest.fixture(scope="session")
 def uninterrupted(flags, tmp_path_factory):
-    """run(flag, value, …, processes, before) -> the folder of a run that nobody stopped, made once."""
+    """run(flag, value, …, processes, before, env) -> the folder of a run that nobody stopped, made once."""
     from training import train
 
     made = {}
 
-    def run(*own, processes=1, before=None):
-        case = (*own, processes, before)
+    def run(*own, processes=1, before=None, env=None):
+        case = (*own, processes, before, *(env or ()))
         if case not in made:
             made[case] = tmp_path_factory.mktemp("uninterrupted") / "run"
-            for child in train(*flags, *own, "--run_dir", made[case], processes=processes, before=before):
+            for child in train(*flags, *own, "--run_dir", made[case], processes=processes, before=before, env=env):
                 child.ok()
         return made[case]
 

@@ -311,10 +311,10 @@ def test_metric_changed_when_a_run_is_resumed_makes_it_look_for_its_best_anew(ru
 def test_best_whose_save_failed_is_replaced_by_the_best_on_the_disk(flags, tmp_path):
     # Nothing is learned at a rate of 0, so the first evaluation, at step 7, stays the best.
     def fail_at_7(found):
-        def commit(temporary, final, original=checkpoint.commit):
+        def commit(temporary, final, others, original=checkpoint.commit):
             if final.name == "step_00000007":
                 raise OSError("broken")
-            return original(temporary, final)
+            return original(temporary, final, others)
 
         checkpoint.commit = commit
 

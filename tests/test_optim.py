@@ -7,6 +7,7 @@ import torch
 from vla.config import MODULES, LossConfig, ModelConfig, OptimConfig
 from vla.model import DatasetSpec, PolicyConfig, VLAPolicy
 from vla.optim import EMA, parameter_groups, schedule
+from vla.shards import Rows
 
 # Parameters of two and more dimensions that are no weights of linear maps or convolutions.
 LEARNED_PLACES = {
@@ -179,11 +180,11 @@ def test_saved_average_is_taken_whole_and_goes_on_alike():
     ema, other = EMA(policy, 0.9), EMA(policy, 0.9)
     for step in random_steps(policy, 3):
         ema.update(step)
-    other.load({name: value.clone() for name, value in ema.average.items()})
+    other.load(Rows({name: [value.clone()] for name, value in ema.average.items()}))
     for step in random_steps(policy, 2):
         ema.update(step + 3)
         other.update(step + 3)
     assert all(torch.equal(value, other.average[name]) for name, value in ema.average.items())
-    lacking = {name: value for name, value in ema.average.items() if name != "action_head.decoder.slot"}
+    lacking = {name: [value] for name, value in ema.average.items() if name != "action_head.decoder.slot"}
     with pytest.raises(KeyError, match=r"action_head\.decoder\.slot"):
-        other.load(lacking)
+        other.load(Rows(lacking))

@@ -160,10 +160,10 @@ def checkpoints_of(folder, found):
     for step, values in found.items():
         temporary = folder / ".saving"
         temporary.mkdir(parents=True)
-        for name in checkpoint.NEEDED - {"trainer_state.json"}:
+        for name in (checkpoint.NEEDED | checkpoint.TENSORS) - {"trainer_state.json"}:
             (temporary / name).touch()
         (temporary / "trainer_state.json").write_text(json.dumps(state_of(step, **values) | {"versions": {}}))
-        checkpoint.commit(temporary, folder / f"step_{step:08d}")
+        checkpoint.commit(temporary, folder / f"step_{step:08d}", {})
 
 
 @pytest.mark.parametrize(

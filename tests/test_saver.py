@@ -362,8 +362,8 @@ def scaled_training(scale):
 def test_scaler_of_fp16_is_in_the_checkpoint(tmp_path):
     def save_and_load(found):
         commit(scaled_training(scale=8.0), tmp_path, 1)
-        accelerator, *_, ema = scaled_training(scale=2.0)
-        checkpoint.load(accelerator, tmp_path / "step_00000001", ema)
+        accelerator, *_ = training = scaled_training(scale=2.0)
+        checkpoint.load(*training, tmp_path / "step_00000001")
         found["scale"] = accelerator.scaler.get_scale()
 
     (child,) = in_children(save_and_load)
@@ -376,11 +376,11 @@ def test_pickle_planted_as_the_scaler_is_refused_and_never_runs(tmp_path):
             return os.system, (f"touch {tmp_path / 'mark'}",)
 
     def load(_):
-        accelerator, *_, ema = training = scaled_training(scale=8.0)
+        training = scaled_training(scale=8.0)
         commit(training, tmp_path, 1)
         torch.save(Payload(), tmp_path / "step_00000001/scaler.pt")
         with pytest.raises(pickle.UnpicklingError, match="posix"):
-            checkpoint.load(accelerator, tmp_path / "step_00000001", ema)
+            checkpoint.load(*training, tmp_path / "step_00000001")
 
     in_children(load)[0].ok()
     assert not (tmp_path / "mark").exists()

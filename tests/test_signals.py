@@ -206,10 +206,10 @@ def test_death_of_a_process_while_a_save_is_in_flight_leaves_whole_checkpoints_a
     run = tmp_path / "run"
 
     def hook(found):
-        def commit(temporary, final, original=checkpoint.commit):
+        def commit(temporary, final, others, original=checkpoint.commit):
             if final.name == "step_00000007":  # the main process dies in it, or still writes when the other one is dead
                 die() if dying == 0 else time.sleep(0.5)
-            return original(temporary, final)
+            return original(temporary, final, others)
 
         checkpoint.commit = commit
         both(at_step(6, settle), at_step(8, die, {1} & {dying}))(found)
@@ -317,9 +317,9 @@ def test_long_evaluation_and_slow_step_that_move_are_no_hang(flags, tmp_path):
 
 def test_save_that_is_long_waited_for_is_no_hang(flags, tmp_path):
     def slow(found):
-        def commit(temporary, final, original=checkpoint.commit):
+        def commit(temporary, final, others, original=checkpoint.commit):
             time.sleep(4)
-            return original(temporary, final)
+            return original(temporary, final, others)
 
         checkpoint.commit = commit
 

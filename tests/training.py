@@ -32,7 +32,7 @@ import tyro  # noqa: F401
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
-from vla import checkpoint, evaluate, export, guard, log, model, optim, rollout  # noqa: F401
+from vla import checkpoint, evaluate, export, guard, log, model, optim, rollout, shards  # noqa: F401
 from vla.data import lerobot, stream  # noqa: F401
 from vla.saver import Saver
 
@@ -42,6 +42,13 @@ LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 TWO_PROCESSES = ["--config_file", str(ROOT / "accelerate_configs/4gpu.yaml"), "--num_processes", "2"]
 TIMEOUT = 60  # seconds for a run that takes one or two; what then still runs is hung
 ON_CPU = {"ACCELERATE_USE_CPU": "true"}
+# What the launcher makes of accelerate_configs/4gpu_fsdp.yaml.
+SHARDED = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}
 
 
 @dataclass
@@ -102,7 +109,7 @@ def in_children(
         free.close()
         for rank in range(processes):
             variables = dict(env or {})
-            if processes > 1:
+            if processes > 1 or "ACCELERATE_USE_FSDP" in variables:
                 variables = ON_CPU | {"RANK": rank, "LOCAL_RANK": rank} | variables
                 variables |= {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
                 variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -315,9 +322,11 @@ def everything(run: Path) -> dict[str, object]:
 
     folder = last(run)
     collect("step", folder.name)
-    collect("weights", load_file(folder / "model.safetensors"))
-    collect("average", load_file(folder / "ema.safetensors"))
-    collect("optimizer", torch.load(folder / "optimizer.bin", weights_only=True))
+    for name, kind in (("weights", "model"), ("average", "ema"), ("optimizer", "optimizer")):
+        for file in shards.files(folder, kind):
+            collect(f"{name}/{file.name}", load_file(file))
+    if (folder / "optimizer.bin").exists():
+        collect("optimizer", torch.load(folder / "optimizer.bin", weights_only=True))
     collect("export", load_file(run / "export/model.safetensors"))
     collect("metrics", metrics(run))
     collect("result", result(run))
@@ -364,9 +373,9 @@ def assert_stopped(run, children, step):
     assert not (run / "result.json").exists()
 
 
-def assert_resumes_to(run, other, processes=1, before=None):
+def assert_resumes_to(run, other, processes=1, before=None, env=None):
     """The resumed run equals the other, and takes the mark away."""
-    resumed = train("--resume_from", run, processes=processes, before=before)
+    resumed = train("--resume_from", run, processes=processes, before=before, env=env)
     assert [child.code for child in resumed] == [0] * processes, resumed[0].stderr
     assert_equal(run, other)
     assert not (run / "REQUEUE").exists()

@@ -8,6 +8,9 @@ flushed to disk; one rename commits. What is left after a crash at any line is e
         accelerator.load_state reads the folder
         ema.safetensors, config.json: the folder loads with VLAPolicy.from_pretrained
         trainer_state.json (counters, best metric, versions), MANIFEST.json
+
+Where the policy is sharded, each process writes its rows of it, of its average and of the moments to files of its own,
+model-00001-of-00004.safetensors and so on (vla/shards.py). Both kinds load with and without sharding.
 """
 
 import contextlib
@@ -28,17 +31,21 @@ from pathlib import Path
 import accelerate
 import torch
 from accelerate import Accelerator
+from accelerate.checkpointing import load_accelerator_state
 from accelerate.utils import broadcast_object_list, gather_object
 from accelerate.utils import load as load_tensors
-from safetensors.torch import load_file
+from torch import Tensor
 
-from vla import InputError
+from vla import InputError, shards
 from vla.config import CheckpointConfig
-from vla.optim import EMA
+from vla.model.policy import VLAPolicy
+from vla.optim import EMA, trained_parameters
+from vla.shards import Rows, files
 
 logger = logging.getLogger(__name__)
 NAME = re.compile(r"step_(\d{8})")
-NEEDED = {"model.safetensors", "optimizer.bin", "random_states_0.pkl", "config.json", "trainer_state.json"}
+TENSORS = {"model.safetensors", "optimizer.bin"}
+NEEDED = {"random_states_0.pkl", "config.json", "trainer_state.json"}
 PIECE = 1 << 24  # bytes hashed at once
 
 
@@ -115,17 +122,23 @@ def all_steps(folder: Path) -> dict[int, Path]:
 # ---- Commit, rotate.
 
 
-def commit(temporary: Path, final: Path) -> int:
-    """Hash, flush, verify, rename. Returns the bytes written."""
-    files = {}
-    for path in sorted(temporary.iterdir()):
-        path.chmod(file_mode(temporary))  # safetensors leaves 0600
+def flushed(paths: Iterable[Path]) -> dict[str, dict]:
+    """These files on the disk for sure, as the manifest lists them."""
+    entries = {}
+    for path in paths:
+        path.chmod(file_mode(path.parent))  # safetensors leaves 0600
         _flush(path)
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-    write_json(temporary / "MANIFEST.json", {"files": files})
+        entries[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    return entries
+
+
+def commit(temporary: Path, final: Path, others: dict[str, dict]) -> int:
+    """Flush, hash, verify, rename. others: what other processes have flushed. Returns the bytes written by all."""
+    entries = flushed(path for path in sorted(temporary.iterdir()) if path.name not in others) | others
+    write_json(temporary / "MANIFEST.json", {"files": entries})
     _flush(temporary / "MANIFEST.json")
     _flush(temporary)
-    verify(temporary)
+    verify(temporary, sizes_only=bool(others))  # they have read their files
     replaced = final.with_name(f".replaced_{final.name}")
     if final.exists():  # damaged, or of a future that was left by resuming from before it
         shutil.rmtree(replaced, ignore_errors=True)
@@ -133,7 +146,7 @@ def commit(temporary: Path, final: Path) -> int:
     temporary.rename(final)
     _flush(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
-    return sum(entry["bytes"] for entry in files.values())
+    return sum(entry["bytes"] for entry in entries.values())
 
 
 def rotate(folder: Path, state: dict, config: CheckpointConfig, is_good: Callable[[Path], bool]) -> None:
@@ -179,23 +192,70 @@ def delete(path: Path) -> None:
 # ---- Load.
 
 
-def load(accelerator: Accelerator, path: Path, ema: EMA | None) -> dict:
-    """Restore everything prepared by `accelerator` from a verified checkpoint. Returns the `state` given to `save`.
+def load(
+    accelerator: Accelerator, policy: VLAPolicy, optimizer: torch.optim.Optimizer, ema: EMA | None, path: Path
+) -> dict:
+    """Restore policy, optimizer, average and generators from a verified checkpoint. Returns the `state` given to save.
 
-    Nothing of it is executed: JSON, safetensors, and torch.load with weights_only.
+    Nothing of it is executed: JSON, safetensors, and torch.load with weights_only. Raises InputError, having changed
+    nothing, if its names or shapes are not those of the policy.
     """
     own = path / f"random_states_{accelerator.process_index}.pkl"
     if own.exists():  # a process that is new to this run has none
         load_tensors(own)  # accelerate would ignore one that is broken or unsafe
-    accelerator.load_state(str(path), map_location="cpu")
+    weights, average = Rows.of(path, "model"), Rows.of(path, "ema") if ema else None
+    weights.check(policy.own_state(), "the weights")
+    if ema:
+        average.check(ema.average, "the average")
+    if accelerator.is_fsdp2 or files(path, "optimizer"):
+        _load_rows(policy, optimizer, path, weights)
+        load_accelerator_state(str(path), [], [], [], [], accelerator.process_index, map_location="cpu")  # generators
+    else:
+        accelerator.load_state(str(path), map_location="cpu")
     accelerator.step = 0  # saves fall between steps; a process new to this run has no file to read its count from
-    if ema is not None:
-        ema.load(load_file(path / "ema.safetensors"))
+    if ema:
+        ema.load(average)
     return read_state(path)
 
 
+def _load_rows(policy: VLAPolicy, optimizer: torch.optim.Optimizer, path: Path, weights: Rows) -> None:
+    """Fill policy and optimizer, or the rows of them that this process holds, tensor by tensor from the files."""
+    trained = trained_parameters(policy, optimizer)
+    if files(path, "optimizer"):
+        moments = Rows.of(path, "optimizer")
+    else:  # by number, in the order of the groups
+        saved = torch.load(path / "optimizer.bin", map_location="cpu", mmap=True, weights_only=True)
+        numbers = [number for group in saved["param_groups"] for number in group["params"]]
+        if len(numbers) != len(trained):
+            raise InputError(
+                f"{path / 'optimizer.bin'} is of {len(numbers)} parameters, but {len(trained)} are trained"
+            )
+        of = dict(zip(numbers, trained, strict=True))
+        moments = Rows({f"{of[n]}/{kind}": [value] for n, has in saved["state"].items() for kind, value in has.items()})
+    moved = {name.rpartition("/")[0] for name in moments.parts}
+    state = {p: optimizer.state.get(p) or _no_moments(p) for name, p in trained.items() if name in moved}
+    expected = {f"{n}/{kind}": value for n, p in trained.items() if p in state for kind, value in state[p].items()}
+    moments.check(expected, "the moments")
+    for rows, tensors in ((weights, policy.own_state()), (moments, expected)):
+        for name, tensor in tensors.items():
+            rows.read(name, tensor)
+    optimizer.state.clear()
+    optimizer.state.update(state)
+
+
+def _no_moments(p: Tensor) -> dict[str, Tensor]:
+    """What a fused AdamW has of a parameter before its first step."""
+    return {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+
+
 def restore(
-    accelerator: Accelerator, resume_from: str, folder: Path, ema: EMA | None, passed_over: Iterable[Path] = ()
+    accelerator: Accelerator,
+    policy: VLAPolicy,
+    optimizer: torch.optim.Optimizer,
+    ema: EMA | None,
+    resume_from: str,
+    folder: Path,
+    passed_over: Iterable[Path] = (),
 ) -> tuple[dict, Path]:
     """Find, verify, load, on all processes together. Returns the `state` given to `save`, and the checkpoint.
 
@@ -206,7 +266,7 @@ def restore(
     while True:
         path, state, problem = find_together(accelerator, resume_from, folder, passed_over), None, ""
         try:
-            state = load(accelerator, path, ema)
+            state = load(accelerator, policy, optimizer, ema, path)
         except Exception as failure:  # by every kind of damage another one; all processes must hear of it
             problem = f"{path} cannot be loaded: {in_one_line(failure)}"
         problem = next(filter(None, gather_object([problem])), "")
@@ -238,22 +298,30 @@ def verify(path: Path, sizes_only: bool = False) -> None:
     """Raises InputError, naming the file, unless the checkpoint is exactly what was committed."""
     try:
         manifest = json.loads((path / "MANIFEST.json").read_text())
-        files = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
+        listed = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
         there = {entry.name: entry.is_file() and not entry.is_symlink() for entry in path.iterdir()}
     except Exception as failure:  # by every kind of damage another one
         problem = f"it or its MANIFEST.json cannot be read ({in_one_line(failure)})"
         raise InputError(f"{path} is no whole checkpoint: {problem}") from None
-    if missing := NEEDED - files.keys():
+    if missing := _needed(listed) - listed.keys():
         raise InputError(f"{path} is no whole checkpoint: MANIFEST.json does not list {', '.join(sorted(missing))}")
-    if strange := there.keys() ^ {*files, "MANIFEST.json"} | {name for name, is_file in there.items() if not is_file}:
+    if strange := there.keys() ^ {*listed, "MANIFEST.json"} | {name for name, is_file in there.items() if not is_file}:
         raise InputError(f"{path} does not hold what its MANIFEST.json lists: look at {', '.join(sorted(strange))}")
-    for name, (size, digest) in files.items():
+    for name, (size, digest) in listed.items():
         file = path / name
         try:
             if file.stat().st_size != size or (not sizes_only and _sha256(file) != digest):
                 raise InputError(f"{file} is damaged: its size or hash is not the manifest's")
         except OSError as failure:
             raise InputError(f"{file} cannot be read: {failure}") from None
+
+
+def _needed(listed: Iterable[str]) -> set[str]:
+    """What belongs to a checkpoint that has these files: of tensors in rows, the files of all processes."""
+    cut = {(match[1], int(match[2])) for name in listed if (match := shards.NAME.fullmatch(name))}
+    cut |= {(kind, processes) for _, processes in cut for kind in ("model", "optimizer")}
+    parts = {shards.shard(kind, rank, processes) for kind, processes in cut for rank in range(processes)}
+    return NEEDED | (parts or TENSORS)
 
 
 def find(resume_from: str, folder: Path, passed_over: Iterable[Path] = ()) -> Path:
@@ -329,7 +397,8 @@ def file_mode(folder: Path) -> int:
 
 
 def in_one_line(failure: BaseException) -> str:
-    return f"{type(failure).__name__}: {str(failure).partition(chr(10))[0]}"
+    kind = "" if isinstance(failure, InputError) else f"{type(failure).__name__}: "
+    return kind + str(failure).partition("\n")[0]
 
 
 def write_json(path: Path, content: dict) -> None:

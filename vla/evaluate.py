@@ -30,13 +30,15 @@ def held_out(
     count = min(limit, len(samples))
     chosen = [i * len(samples) // count for i in range(count)]
     mine = chosen[accelerator.process_index :: accelerator.num_processes]
-    # A process with nothing to do still takes part in the sum below, with a sample that weighs nothing.
-    batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)] or [chosen[:1]]
+    # All processes take part equally often, those with fewer samples with one that weighs nothing: the sum below needs
+    # each, and where the policy is sharded every batch does.
+    rounds = -(-count // (accelerator.num_processes * batch_size))
+    batches = [mine[i * batch_size : (i + 1) * batch_size] for i in range(rounds)]
     datasets = policy.config.datasets
     sums: dict[str, torch.Tensor] = {}  # for each value float64 [2]: its sum over the samples, and how many they are
 
     def add(name: str, mean: torch.Tensor, size: int) -> None:
-        size = torch.full_like(mean, size if mine else 0, dtype=torch.float64)
+        size = torch.full_like(mean, size if positions else 0, dtype=torch.float64)
         total = torch.where(size > 0, mean.double() * size, 0)  # the mean of no sample is NaN
         sums[name] = sums.get(name, 0) + torch.stack([total, size])
 
@@ -44,9 +46,11 @@ def held_out(
     done = True
     for positions in batches:
         done = done and go_on()
+        if accelerator.is_fsdp2:  # none may leave alone
+            done = not accelerator.reduce(torch.tensor(float(not done), device=accelerator.device), "sum").item()
         if not done and sums:
             break
-        batch = {name: value.to(accelerator.device) for name, value in samples.batch(positions).items()}
+        batch = {n: value.to(accelerator.device) for n, value in samples.batch(positions or chosen[:1]).items()}
         with accelerator.autocast():
             values = policy(batch)
             sample_loss = values.pop("sample_loss")
@@ -66,6 +70,8 @@ def held_out(
             for i, name in enumerate(datasets[0].action_names):
                 add(f"action_error/{name}", error[:, i].mean(), len(error))
     policy.train()
+    if accelerator.is_fsdp2:
+        policy.reshard()  # what is whole after a pass without gradients would stay so when its shards change
     left_early = torch.tensor([float(not done), 0], dtype=torch.float64, device=accelerator.device)
     total = accelerator.reduce(torch.stack([left_early, *(sums[name] for name in sorted(sums))]), "sum").tolist()
     if total[0][0]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from vla import InputError, checkpoint
 from vla.model.policy import VLAPolicy
 from vla.options import run_folder
+from vla.shards import Rows, files
 
 # What wrappers put before the names of weights: DDP, torch.compile, and trainers that keep the policy as an
 # attribute.
@@ -31,8 +32,10 @@ def export(source: Path, out: Path, summary: str) -> None:
     source: a verified checkpoint. summary: a sentence for the card. The folder is replaced whole.
     """
     policy = VLAPolicy.from_pretrained(source)
-    if (source / "ema.safetensors").exists():
-        policy.load_state_dict(load_file(source / "ema.safetensors"), strict=False)
+    if files(source, "ema"):
+        average, own = Rows.of(source, "ema"), policy.own_state()
+        for name in average.parts:
+            average.read(name, own[name])
     temporary = out.with_name(f".exporting_{out.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     policy.save_pretrained(temporary)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from vla import InputError
 from vla.config import OptimConfig
 from vla.model.lora import submodule
+from vla.shards import Rows, local
 
 
 def parameter_groups(policy: nn.Module, config: OptimConfig) -> list[dict]:
@@ -41,6 +42,17 @@ def parameter_groups(policy: nn.Module, config: OptimConfig) -> list[dict]:
     return [group for group in groups.values() if group["params"]]
 
 
+def named_parameters(policy: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters by the names that they have in state_dict, also in blocks that accelerate has wrapped."""
+    return {name.replace("_checkpoint_wrapped_module.", ""): p for name, p in policy.named_parameters()}
+
+
+def trained_parameters(policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
+    """An optimizer's parameters by name, in the order of its groups."""
+    names = {p: name for name, p in named_parameters(policy).items()}
+    return {names[p]: p for group in optimizer.param_groups for p in group["params"]}
+
+
 def schedule(config: OptimConfig, step: int, steps: int) -> float:
     """Share of the peak learning rate at a step (0-based) of a run of `steps`: a function, so no state can be lost."""
     if step < config.warmup_steps:
@@ -59,34 +71,37 @@ def schedule(config: OptimConfig, step: int, steps: int) -> float:
 class EMA:
     """Exponential moving average of the trained parameters, in float32, once for each optimizer step.
 
-    The decay rises with the step, min(decay, (1 + step) / (10 + step)), so that early weights are soon forgotten.
+    The decay rises with the step, min(decay, (1 + step) / (10 + step)), so that early weights are soon forgotten. Each
+    process averages the rows that it holds.
     """
 
     def __init__(self, policy: nn.Module, decay: float):
         self.decay = decay
-        self.live = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+        self.live = {name: p for name, p in named_parameters(policy).items() if p.requires_grad}
         self.average = {name: p.detach().clone() for name, p in self.live.items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the weights after optimizer step `step` (0-based)."""
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.average.values()), list(self.live.values()), weight)
+        torch._foreach_lerp_(list(map(local, self.average.values())), self._weights(), weight)
 
-    @torch.no_grad()
-    def load(self, average: dict[str, Tensor]) -> None:
+    def load(self, saved: Rows) -> None:
         """Take a saved average. Raises KeyError for a parameter that it lacks."""
         for name, value in self.average.items():
-            value.copy_(average[name])
+            saved.read(name, value)
 
     @contextmanager
     def applied(self):
         """Inside, the policy has the averaged weights; afterwards its own again, bit for bit."""
-        own = [p.detach().clone() for p in self.live.values()]
         with torch.no_grad():
-            torch._foreach_copy_(list(self.live.values()), list(self.average.values()))
+            own = [weight.clone() for weight in self._weights()]
+            torch._foreach_copy_(self._weights(), list(map(local, self.average.values())))
         try:
             yield
         finally:
             with torch.no_grad():
-                torch._foreach_copy_(list(self.live.values()), own)
+                torch._foreach_copy_(self._weights(), own)
+
+    def _weights(self) -> list[Tensor]:
+        return list(map(local, self.live.values()))

@@ -1,5 +1,7 @@
 """Saving beside the training: copy the state out of the way, and let a thread write it (see vla/checkpoint.py)."""
 
+import contextlib
+import json
 import logging
 import os
 import random
@@ -8,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -15,22 +18,27 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed import distributed_c10d as distributed
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from vla import InputError, NotSaved, checkpoint
 from vla.config import CheckpointConfig
-from vla.optim import EMA
+from vla.model.policy import VLAPolicy
+from vla.optim import EMA, trained_parameters
+from vla.shards import local, own, shard
 
 logger = logging.getLogger(__name__)
 FAILURES = 3  # saves in a row that may fail before the run stops
+PATIENCE = 600.0  # seconds for which a process may write longer than ten times as long as the main one
 ALIGNMENT = 64  # bytes, of each tensor in the buffer
 
 
 class Saver:
     """Saves in the background: training waits only while its state is copied into a buffer that is used again.
 
-    One save is in flight; the next waits for it. Every process calls `save` and `finish`; the main process writes.
+    One save is in flight; the next waits for it. Every process calls `save` and `finish`; the main process writes, or
+    where the policy is sharded each its own rows, and the main process commits.
     alive: is called every second while a save is waited for.
     """
 
@@ -38,7 +46,7 @@ class Saver:
         self,
         accelerator: Accelerator,
         folder: Path,
-        policy: nn.Module,
+        policy: VLAPolicy,
         policy_config: dict,
         optimizer: torch.optim.Optimizer,
         ema: EMA | None,
@@ -53,17 +61,18 @@ class Saver:
         self.pending: Future | None = None
         self.metrics: list[dict[str, float]] = []
         self.problems: list[str] = []
-        if accelerator.is_main_process:
+        self.trained, self.turn = trained_parameters(policy, optimizer), 0
+        self.store = distributed._get_default_store().clone() if accelerator.is_fsdp2 else None  # between the threads
+        if accelerator.is_main_process or self.store:
             # One thread, so that saves keep their order; the buffer is made in it, while the first steps run.
             self.thread = ThreadPoolExecutor(1, "checkpoint", _let_training_go_first)
             self.buffer = self.thread.submit(_buffer, self.bytes(), self.cuda)
 
     def bytes(self) -> int:
         """Size of the tensors in a checkpoint, known before the first step."""
-        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-        tensors = [*self.policy.state_dict().values(), *trained, *trained]  # AdamW has two moments
-        tensors += self.ema.average.values() if self.ema else []
-        return sum(map(_aligned, tensors)) + ALIGNMENT * len(trained)  # and a count of steps
+        moments = [*self.trained.values()] * 2  # of AdamW
+        tensors = [*self.policy.own_state().values(), *moments, *(self.ema.average.values() if self.ema else ())]
+        return sum(_aligned(local(t)) for t in tensors) + ALIGNMENT * len(self.trained)  # and a count of steps
 
     def save(self, state: dict) -> None:
         """Begin the checkpoint of step state["step"]; what follows may change every tensor. Every process calls this.
@@ -74,18 +83,29 @@ class Saver:
             torch.cuda.synchronize()  # what the device still had to do is no cost of saving
         began = time.perf_counter()
         self.settle()
-        random_states = gather_object([_random_state(self.accelerator.step)])
-        if not self.accelerator.is_main_process:
+        self.turn, main_process = self.turn + 1, self.accelerator.is_main_process
+        if self.store and main_process:
+            shutil.rmtree(self._temporary(state), ignore_errors=True)
+            with contextlib.suppress(OSError):  # the thread will meet it again
+                self._temporary(state).mkdir()
+        random_states = gather_object([_random_state(self.accelerator.step)])  # nobody goes on before all are here
+        if not main_process and not self.store:
             return
-        tensors = {"model": self.policy.state_dict(), "optimizer": self.optimizer.state_dict()}
+        tensors = {"model": self.policy.own_state(), "optimizer": self.optimizer.state_dict()}
+        if self.store:
+            moments = {name: self.optimizer.state.get(p, {}).items() for name, p in self.trained.items()}
+            tensors["optimizer"] = {f"{name}/{kind}": value for name, has in moments.items() for kind, value in has}
         if self.ema:
             tensors["ema"] = self.ema.average
         if self.accelerator.scaler:
             tensors["scaler"] = self.accelerator.scaler.state_dict()
+        if self.store:
+            tensors = {kind: own(values, main_process) for kind, values in tensors.items()}
         copies, copied = self._copy(tensors)
-        copies["random_states"] = random_states
-        blocked = time.perf_counter() - began
-        self.pending = self.thread.submit(self._write, copies, copied, state.copy(), blocked)
+        if main_process:
+            copies["random_states"] = random_states
+        write = self._write if main_process else self._write_rows
+        self.pending = self.thread.submit(write, copies, copied, state.copy(), time.perf_counter() - began)
 
     def settle(self) -> None:
         """Wait for the save in flight, whatever becomes of it."""
@@ -96,7 +116,7 @@ class Saver:
         failure, done, self.pending = self.pending.exception(), self.pending, None
         if failure is None:
             self.failures = 0
-            self.metrics.append(done.result())
+            self.metrics += done.result()
         else:
             self.failures += 1
             left = list(checkpoint.all_steps(self.folder))
@@ -152,34 +172,25 @@ class Saver:
         events[1].record()
         return copies, events
 
-    def _write(self, copies: dict, copied: tuple | None, state: dict, blocked: float) -> dict[str, float]:
-        """Write, commit, rotate; in the thread."""
+    def _write(self, copies: dict, copied: tuple | None, state: dict, blocked: float) -> list[dict[str, float]]:
+        """Write, commit, rotate; in the thread of the main process."""
         began = time.perf_counter()
         if copied:
             copied[1].synchronize()
             blocked += copied[0].elapsed_time(copied[1]) / 1e3
-        tensors = [leaf for leaf in tree_leaves(copies) if isinstance(leaf, Tensor)]
-        if not all(map(_finite, tensors)):
-            raise FloatingPointError("weights or moments are not finite")
-        final = self.folder / f"step_{state['step']:08d}"
-        temporary = self.folder / f".saving_{final.name}"
+        final, temporary = self.folder / f"step_{state['step']:08d}", self._temporary(state)
         try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            needed, free = sum(map(_aligned, tensors)), shutil.disk_usage(self.folder).free
-            if free < needed:
-                raise OSError(f"{needed / 1e9:.3g} GB are needed, {free / 1e9:.3g} GB are free on the disk")
-            temporary.mkdir()
-            save_file(copies["model"], temporary / "model.safetensors")
-            torch.save(copies["optimizer"], temporary / "optimizer.bin")
-            if "ema" in copies:
-                save_file(copies["ema"], temporary / "ema.safetensors")
-            if "scaler" in copies:
-                torch.save(copies["scaler"], temporary / "scaler.pt")
-            for rank, random_state in enumerate(copies["random_states"]):
-                torch.save(random_state, temporary / f"random_states_{rank}.pkl")
-            checkpoint.write_json(temporary / "config.json", self.policy_config)
-            checkpoint.write_json(temporary / "trainer_state.json", state | {"versions": checkpoint.versions()})
-            size = checkpoint.commit(temporary, final)
+            try:
+                if not self.store:
+                    shutil.rmtree(temporary, ignore_errors=True)
+                self._write_tensors(copies, temporary)
+                for rank, random_state in enumerate(copies["random_states"]):
+                    torch.save(random_state, temporary / f"random_states_{rank}.pkl")
+                checkpoint.write_json(temporary / "config.json", self.policy_config)
+                checkpoint.write_json(temporary / "trainer_state.json", state | {"versions": checkpoint.versions()})
+            finally:  # only then nobody writes any more
+                others = self._others(10 * (time.perf_counter() - began)) if self.store else {}
+            size = checkpoint.commit(temporary, final, others)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             checkpoint.put_back(self.folder)
@@ -187,7 +198,68 @@ class Saver:
         self.good.add(final)
         checkpoint.rotate(self.folder, state, self.config, self._is_good)
         seconds = time.perf_counter() - began
-        return {"save/blocked_seconds": blocked, "save/commit_seconds": seconds, "save/bytes": size}
+        return [{"save/blocked_seconds": blocked, "save/commit_seconds": seconds, "save/bytes": size}]
+
+    def _write_rows(self, copies: dict, copied: tuple | None, state: dict, blocked: float) -> list[dict[str, float]]:
+        """Write this process's rows beside those of the main process, and tell it; in the thread of another."""
+        try:
+            if copied:
+                copied[1].synchronize()
+            answer = {"files": checkpoint.flushed(self._write_tensors(copies, self._temporary(state)))}
+        except Exception as failure:
+            answer = {"problem": checkpoint.in_one_line(failure)}
+        self.store.set(self._key(self.accelerator.process_index), json.dumps(answer))
+        return []
+
+    def _write_tensors(self, copies: dict, folder: Path) -> list[Path]:
+        """Write the files with tensors. Raises FloatingPointError or OSError, having written nothing, if it is vain."""
+        tensors, processes = [leaf for leaf in tree_leaves(copies) if isinstance(leaf, Tensor)], 1
+        if not all(map(_finite, tensors)):
+            raise FloatingPointError("weights or moments are not finite")
+        if self.store:
+            processes = self.accelerator.num_processes
+        needed, free = sum(map(_aligned, tensors)) * processes, shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise OSError(f"{needed / 1e9:.3g} GB are needed, {free / 1e9:.3g} GB are free on the disk")
+        folder.mkdir(exist_ok=True)
+        if self.store:
+            rows = {kind: copies[kind] for kind in ("model", "optimizer", "ema") if kind in copies}
+            names = {kind: shard(kind, self.accelerator.process_index, processes) for kind in rows}
+            for kind, name in names.items():
+                save_file(rows[kind], folder / name)
+            return [folder / name for name in names.values()]
+        save_file(copies["model"], folder / "model.safetensors")
+        torch.save(copies["optimizer"], folder / "optimizer.bin")
+        if "ema" in copies:
+            save_file(copies["ema"], folder / "ema.safetensors")
+        if "scaler" in copies:
+            torch.save(copies["scaler"], folder / "scaler.pt")
+        return []
+
+    def _others(self, seconds: float) -> dict[str, dict]:
+        """What the other processes have written, as the manifest lists it.
+
+        Raises OSError, once no process writes any more, if one could not, or if one does not answer in time.
+        """
+        entries, problems, deadline = {}, [], time.monotonic() + PATIENCE + seconds
+        for rank in range(1, self.accelerator.num_processes):
+            try:
+                self.store.wait([self._key(rank)], timedelta(seconds=max(1, deadline - time.monotonic())))
+                answer = json.loads(self.store.get(self._key(rank)))
+                self.store.delete_key(self._key(rank))
+            except RuntimeError:
+                answer = {"problem": "no word of it"}
+            entries |= answer.get("files", {})
+            problems += [f"process {rank}: {answer['problem']}"] if "problem" in answer else []
+        if problems:
+            raise OSError("; ".join(problems))
+        return entries
+
+    def _key(self, rank: int) -> str:
+        return f"save/{self.turn}/{rank}"
+
+    def _temporary(self, state: dict) -> Path:
+        return self.folder / f".saving_step_{state['step']:08d}"
 
     def _is_good(self, path: Path) -> bool:
         """Whole, by its hashes once, then by its sizes alone."""

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin, snapshot_download
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -28,6 +28,7 @@ from vla.model.lora import add_adapters, merge_adapters, submodule
 from vla.model.normalize import Normalizer
 from vla.model.spec import DatasetSpec, PolicyConfig, check
 from vla.options import from_dict, run_folder
+from vla.shards import Rows
 
 
 class VLAPolicy(nn.Module, PyTorchModelHubMixin):
@@ -105,6 +106,11 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
             kinds += (GradientCheckpointingLayer,)
         return [part for part in self.modules() if isinstance(part, kinds)]
 
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """Names of the classes of layers, which are sharded one by one; accelerate looks them up here."""
+        return sorted({type(layer).__name__ for layer in self.layers()})
+
     def freeze_at(self, step: float) -> bool:
         """Freeze what is not trained at this step of a run, and nothing else. Returns whether anything changed."""
         frozen = tuple(f"{n}." for n in self._freeze if n not in self._unfreeze or step < self._unfreeze[n])
@@ -167,27 +173,24 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
             settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, attention="sdpa"))
         saved = None
         if settings.model.backbone or settings.model.vision_backbone:
-            places = (
-                folder / "backbone",
-                run_folder(folder) / "backbone",
-            )  # of an export; of a run, for its checkpoints
+            places = folder / "backbone", run_folder(folder) / "backbone"  # a checkpoint's is that of its run
             saved = next((place for place in places if place.is_dir()), None)
             if saved is None:
                 raise InputError(
-                    f"{folder} lacks its folder backbone (tokenizer, configuration); copy that of its run there"
+                    f"{folder} has no folder backbone (tokenizer, configuration); copy that of its run to it"
                 )
         policy = cls(settings, saved, weights=bool(settings.base))
         policy.check_base(settings.base, folder)
-        weights = load_file(folder / "model.safetensors", device=map_location)
-        own = policy.state_dict()
-        missing = sorted(own.keys() - weights.keys() - (policy._base if settings.base else set()))
-        left_over = sorted(weights.keys() - own.keys())
+        weights, own = Rows.of(folder, "model"), policy.state_dict()
+        missing = sorted(own.keys() - weights.parts.keys() - (policy._base if settings.base else set()))
+        left_over = sorted(weights.parts.keys() - own.keys())
         if missing or left_over:
             raise InputError(
                 f"{folder / 'model.safetensors'} does not fit its config.json: missing {missing or 'nothing'}, "
                 f"left over {left_over or 'nothing'}; export the policy again"
             )
-        policy.load_state_dict(weights, strict=False)
+        for name in weights.parts:
+            weights.read(name, own[name])
         policy.state_norm.require()
         policy.action_norm.require()
         return policy.to(map_location).eval()

@@ -1,0 +1,470 @@
+"""One policy sharded over all processes is the same training, and its checkpoints are as good as any."""
+
+import json
+import os
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from policies import tiny
+from safetensors.torch import load_file
+from saving import broken, new_saver, state_of
+from test_guard import spoil
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from training import (
+    SHARDED,
+    after,
+    assert_equal,
+    assert_resumes_to,
+    assert_stopped,
+    die,
+    die_at,
+    in_children,
+    last,
+    rank,
+    result,
+    run_module,
+    series,
+    steps,
+    the,
+    train,
+)
+
+import vla.saver
+from vla import InputError, checkpoint, evaluate, fsdp, guard
+from vla.config import TrainConfig
+from vla.model import VLAPolicy
+from vla.optim import EMA
+from vla.saver import Saver
+from vla.shards import Rows, whole
+
+SECOND = "model-00002-of-00002.safetensors"
+
+
+def gathered(folder, kind="model"):
+    """The whole tensors of a checkpoint, of either layout."""
+    parts = [load_file(file) for file in sorted(folder.glob(f"{kind}-*")) or [folder / f"{kind}.safetensors"]]
+    names = {name for part in parts for name in part}
+    rows = {name: [part[name] for part in parts if name in part] for name in names}
+    return {name: torch.cat(found) if found[0].ndim else found[0] for name, found in rows.items()}
+
+
+def assert_same_training(run, other):
+    """To rounding."""
+    for name in ("train/loss", "train/grad_norm", "eval/loss", "eval/action_error"):
+        assert series(run, name) == pytest.approx(series(other, name), abs=1e-5), name
+    assert result(run)["best_step"] == result(other)["best_step"]
+    for kind in ("model", "ema"):
+        expected = gathered(last(other), kind)
+        torch.testing.assert_close(gathered(last(run), kind), expected, rtol=0, atol=1e-5)
+
+
+# ---- The training.
+
+ACCUMULATED, AGAIN = ("--micro_batch_size", 2), {"FSDP_ACTIVATION_CHECKPOINTING": "true"}
+REGRESSION = ("--model.head", "regression", "--model.gripper_dims", 2, "--model.loss.lm", 0.1)
+
+
+@pytest.mark.parametrize(
+    ("own", "env"),
+    [((), {}), (ACCUMULATED, AGAIN), ((*REGRESSION, "--model.freeze", "vision_encoder"), {})],
+    ids=["plain", "accumulated, activations computed again", "two passes, one module frozen"],
+)
+def test_sharded_run_is_the_same_training_as_one_that_is_not(own, env, uninterrupted):
+    run = uninterrupted(*own, "--checkpoint.keep", 9, processes=2, env=SHARDED | env)
+    assert sorted(path.name for path in last(run).glob("*.safetensors")) == [
+        f"{kind}-0000{k}-of-00002.safetensors" for kind in ("ema", "model", "optimizer") for k in (1, 2)
+    ]
+    assert_same_training(run, uninterrupted(*own, processes=2))
+    if not own:
+        assert_same_training(run, uninterrupted())
+    first, *_, final = map(gathered, checkpoint.all_steps(run / "checkpoints").values())
+    still = ("state_norm", "action_norm", *(["vision_encoder"] if "--model.freeze" in own else []))
+    for name, value in first.items():
+        assert torch.equal(value, final[name]) == name.startswith(still), name
+
+
+def test_sharded_run_in_bfloat16_keeps_data_and_losses_in_float32(flags, tmp_path):
+    def watch(found):
+        def forward(self, batch, original=VLAPolicy.forward):
+            output = original(self, batch)
+            found["seen"] |= {batch["actions"].dtype, batch["state"].dtype, self.action_head.decoder.slot.dtype}
+            return output
+
+        found["seen"], found["given"] = set(), set()
+        VLAPolicy.forward = forward
+        after(guard.Guard, "checked", lambda _, guarding, loss, *rest: found["given"].add(loss.dtype))
+
+    bf16 = {"ACCELERATE_MIXED_PRECISION": "bf16"}
+    for name, env in (("plain", {}), ("sharded", SHARDED)):
+        children = train(*flags, "--run_dir", tmp_path / name, before=watch, processes=2, env=bf16 | env)
+        kept = [child.ok().found for child in children]
+    assert kept == 2 * [{"seen": {torch.float32, torch.bfloat16}, "given": {torch.float32}}]
+    for name in ("train/loss", "eval/loss", "eval/action_error"):
+        expected = series(tmp_path / "plain", name)
+        assert series(tmp_path / "sharded", name) == pytest.approx(expected, abs=1e-3), name
+    assert {value.dtype for value in gathered(last(tmp_path / "sharded"), "optimizer").values()} == {torch.float32}
+
+
+def test_each_process_holds_its_rows_and_gathers_one_block_at_a_time(flags, tmp_path):
+    def count(found):
+        def prepared(objects, *_):
+            policy = objects[0]
+            found["local"] = sum(p.to_local().numel() for p in policy.parameters())
+            found["all"] = sum(p.numel() for p in policy.parameters())
+            found["units"] = {name for name, part in policy.named_modules() if isinstance(part, FSDPModule)}
+
+        def predict(accelerator, policy, samples, *rest, original=evaluate.held_out):
+            values = original(accelerator, policy, samples, *rest)
+            found["local again"] = sum(p.to_local().numel() for p in policy.parameters())
+            found["chunk"] = policy.predict_chunk(samples.batch([0])).tolist()  # before any forward
+            return values
+
+        after(Accelerator, "prepare", prepared)
+        evaluate.held_out = predict
+
+    own = ["--steps", 1, "--run_dir", tmp_path / "run"]
+    first, second = (child.ok().found for child in train(*flags, *own, before=count, processes=2, env=SHARDED))
+    assert first["local"] + second["local"] == first["all"]
+    assert second["local"] > 0.48 * first["all"]
+    assert {"", "language_model.blocks.0", "action_head.decoder.blocks.0"} <= first["units"]
+    assert first["local again"] == first["local"]
+    assert first["chunk"] == second["chunk"]
+
+
+def test_blocks_of_a_pretrained_part_are_those_that_it_declares():
+    class Layer(nn.Linear):
+        pass
+
+    class Pretrained(nn.Sequential):
+        _no_split_modules = ("Layer", "LayerOfAnotherModel")
+
+    policy = tiny()
+    assert policy._no_split_modules == ["Block"]
+    policy.vision_encoder.tower = Pretrained(Layer(2, 2))
+    assert policy._no_split_modules == ["Block", "Layer"]
+
+
+def test_only_the_last_micro_batch_of_a_step_sends_gradients(flags, tmp_path):
+    def watch(found):
+        found["reduced"], policies = [], []
+
+        def look(_, accelerator, loss):
+            reduced = {p.grad is not None for p in policies[0].parameters()}
+            found["reduced"].append((accelerator.sync_gradients, reduced))
+
+        after(VLAPolicy, "__init__", lambda _, policy, *rest: policies.append(policy))
+        after(Accelerator, "backward", look)
+
+    own = [*ACCUMULATED, "--steps", 3, "--eval.every", 0, "--run_dir", tmp_path / "run"]
+    for child in train(*flags, *own, before=watch, processes=2, env=SHARDED):
+        assert child.ok().found["reduced"] == 3 * [(False, {False}), (False, {False}), (True, {True})]
+
+
+def test_update_that_is_not_finite_is_skipped_and_gone_back_from_by_all(flags, tmp_path):
+    # Step 4 and, one after the other, steps 9 and 10; of each a single sample, in process 1.
+    hook, own = spoil([3 * 12 + 11, 8 * 12 + 11, 9 * 12 + 11], "gradient"), ["--guard.bad_steps", 2]
+    for name, env in (("plain", None), ("sharded", SHARDED)):
+        children = train(*flags, *own, "--run_dir", tmp_path / name, before=hook, processes=2, env=env)
+        assert f"going back to {tmp_path / name}/checkpoints/step_00000007" in children[0].ok().stderr
+        children[1].ok()
+    assert result(tmp_path / "sharded")["rollbacks"] == 1
+    assert result(tmp_path / "sharded")["skipped_updates"] == result(tmp_path / "plain")["skipped_updates"] == 1
+    assert_same_training(tmp_path / "sharded", tmp_path / "plain")
+
+
+def test_signal_to_one_process_in_an_evaluation_is_heard_by_all(flags, tmp_path):
+    def hook(found):
+        def go_on(self, doing, original=guard.Guard.go_on):
+            if doing == "evaluating at step 7" and rank() == 1:
+                seen.append(doing)
+                if len(seen) == 2:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    while not the(guard.Signals).received:
+                        pass
+            return original(self, doing)
+
+        seen = []
+        guard.Guard.go_on = go_on
+
+    own = ["--eval.samples", 12, *ACCUMULATED]
+    children = train(*flags, *own, "--run_dir", tmp_path / "run", before=hook, processes=2, env=SHARDED)
+    assert_stopped(tmp_path / "run", children, 7)
+
+
+REFUSED = {
+    "eval.env": ({}, ["--eval.env", "tabletop"], "--eval.env tabletop does not go with.*python -m vla.rollout"),
+    "compile": ({}, ["--compile"], "--compile does not go with"),
+    "fp16": ({"ACCELERATE_MIXED_PRECISION": "fp16"}, [], "mixed_precision: fp16 does not go with.*bf16"),
+    "version 1": ({"FSDP_VERSION": "1"}, [], "FSDP version 1; set fsdp_version: 2"),
+    "meta": ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, [], "fsdp_cpu_ram_efficient_loading does not go with"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_does_not_go_with_sharding_is_refused_in_one_line(case, flags, tmp_path):
+    env, own, told = REFUSED[case]
+    (child,) = train(*flags, *own, "--run_dir", tmp_path / "run", env=SHARDED | env)
+    assert child.code == 1
+    (error,) = [line for line in child.stderr.splitlines() if line.startswith("error: ")]
+    assert re.search(told, error)
+    assert not steps(tmp_path / "run")
+
+
+# ---- The checkpoints of a run.
+
+
+@pytest.fixture(scope="module")
+def killed(flags, tmp_path_factory):
+    """By name, folders of runs that were killed at step 12, with checkpoints of steps 7 and 10."""
+    runs = {}
+    for name, processes, env in (("sharded", 2, SHARDED), ("plain", 2, None), ("alone", 1, None)):
+        runs[name] = tmp_path_factory.mktemp("killed") / "run"
+        train(*flags, "--run_dir", runs[name], before=die_at(12), processes=processes, env=env)
+        assert steps(runs[name]) == [7, 10]
+    return runs
+
+
+def test_killed_run_that_goes_on_equals_the_uninterrupted_one(killed, uninterrupted, tmp_path):
+    run = Path(shutil.copytree(killed["sharded"], tmp_path / "run"))
+    assert_resumes_to(run, uninterrupted(processes=2, env=SHARDED), processes=2, env=SHARDED)
+
+
+@pytest.mark.parametrize(
+    ("begun", "processes", "env"),
+    [("sharded", 1, None), ("sharded", 2, None), ("sharded", 3, SHARDED), ("plain", 2, SHARDED), ("alone", 1, SHARDED)],
+)
+def test_run_goes_on_in_another_mode_with_another_number_of_processes(
+    begun, processes, env, killed, uninterrupted, tmp_path
+):
+    run = Path(shutil.copytree(killed[begun], tmp_path / "run"))
+    children = train("--resume_from", run, processes=processes, env=env)
+    assert f"resumed from {run}/checkpoints/step_00000010" in children[0].ok().stderr
+    assert bool(list(last(run).glob("model-*"))) == bool(env)
+    assert_same_training(run, uninterrupted(processes=2))
+
+
+def test_run_goes_on_with_a_warning_when_another_process_cannot_write(flags, uninterrupted, tmp_path):
+    def hook(found):
+        def save(tensors, path, original=vla.saver.save_file):
+            return (broken if path.parts[-2:] == (".saving_step_00000010", SECOND) else original)(tensors, path)
+
+        vla.saver.save_file = save
+
+    run = tmp_path / "run"
+    children = train(*flags, "--run_dir", run, before=hook, processes=2, env=SHARDED)
+    warnings = [line for child in children for line in child.ok().stderr.splitlines() if "warning" in line]
+    assert len(warnings) == 1
+    assert (
+        "could not be saved (OSError: process 1: OSError: first line): the newest is of step 7; 1 of 3" in warnings[0]
+    )
+    assert steps(run)[-1] == 16
+    assert not list((run / "checkpoints").glob(".*"))
+    assert_equal(run, uninterrupted(processes=2, env=SHARDED))
+
+
+@pytest.mark.parametrize("dying", [0, 1])
+def test_process_killed_as_it_writes_leaves_the_checkpoint_before(dying, flags, uninterrupted, tmp_path):
+    def hook(found):
+        def save(tensors, path, original=vla.saver.save_file):
+            original(tensors, path)
+            if path.parent.name == ".saving_step_00000010" and path.name.startswith("optimizer") and rank() == dying:
+                die()
+
+        vla.saver.save_file, vla.saver.PATIENCE = save, 0
+
+    run = tmp_path / "run"
+    children = train(*flags, "--run_dir", run, before=hook, processes=2, env=SHARDED)
+    assert [child.code for child in children][dying] == -signal.SIGKILL
+    assert steps(run)[-1] == 7
+    assert_resumes_to(run, uninterrupted(processes=2, env=SHARDED), processes=2, env=SHARDED)
+    assert not list((run / "checkpoints").glob(".*"))
+
+
+def test_checkpoint_and_export_are_policies_with_all_rows(uninterrupted, tmp_path):
+    run = uninterrupted(processes=2, env=SHARDED)
+    weights, average = gathered(last(run)), gathered(last(run), "ema")
+    assert {len(value) for value in weights.values() if value.ndim} >= {1, 3}  # fewer rows than, or uneven over, 2
+    policy = VLAPolicy.from_pretrained(last(run)).state_dict()
+    assert policy.keys() == weights.keys()
+    assert all(torch.equal(value, weights[name]) for name, value in policy.items())
+    run_module("vla.export", last(run), "--out", tmp_path / "export")[0].ok()
+    exported = load_file(tmp_path / "export/model.safetensors")
+    assert exported.keys() == weights.keys() > average.keys() > set()
+    assert all(torch.equal(value, average.get(name, weights[name])) for name, value in exported.items())
+
+
+@pytest.mark.parametrize("file", [SECOND, "optimizer-00001-of-00002.safetensors", "ema-00002-of-00002.safetensors"])
+def test_missing_file_of_one_process_is_named(file, uninterrupted, tmp_path, capsys):
+    run = Path(shutil.copytree(uninterrupted(processes=2, env=SHARDED), tmp_path / "run"))
+    (child,) = run_module("vla.checkpoints", run, "--verify")
+    assert "damaged" not in child.ok().stderr
+    (last(run) / file).unlink()
+    with pytest.raises(InputError, match=f"does not hold what its MANIFEST.json lists: look at {file}"):
+        checkpoint.verify(last(run))
+    manifest = json.loads((last(run) / "MANIFEST.json").read_text())
+    del manifest["files"][file]
+    (last(run) / "MANIFEST.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=f"MANIFEST.json does not list {file}"):
+        checkpoint.verify(last(run))
+    (child,) = run_module("vla.checkpoints", run)
+    assert f"MANIFEST.json does not list {file}" in child.ok().stderr
+
+
+# ---- Saving and loading, in small.
+
+
+class Uneven(nn.Module):
+    """Parameters that two or three processes cannot share evenly, and buffers that each has."""
+
+    def __init__(self, **more):
+        super().__init__()
+        for name, shape in ({"one": (1, 3), "five": (5, 2), "seven": (7,), "four": (4, 1)} | more).items():
+            setattr(self, name, nn.Parameter(torch.randn(shape)))
+        self.register_buffer("scale", torch.tensor(2.0))
+        self.register_buffer("table", torch.randn(3, 2))
+
+    def forward(self, x):
+        return self.scale * x * sum(p.square().sum() for p in self.parameters())
+
+    def own_state(self):
+        return self.state_dict()
+
+
+def uneven_training(seed, count=3, **more):
+    """An accelerator, which shards if the environment says so, a policy, its optimizer and average after some steps."""
+    torch.manual_seed(seed)
+    accelerator = Accelerator(cpu=True)
+    fsdp.set_up(accelerator, TrainConfig())
+    policy = Uneven(**more)
+    model, optimizer = accelerator.prepare(policy, torch.optim.AdamW(policy.parameters(), fused=True))
+    ema = EMA(policy, 0.9)
+    for step in range(count):
+        model(torch.ones(())).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update(step)
+    return accelerator, policy, optimizer, ema
+
+
+def everything(accelerator, policy, optimizer, ema):
+    """The whole tensors that a checkpoint holds, by kind and name, as bytes."""
+    named = {name: optimizer.state[p] for name, p in policy.named_parameters()}
+    moments = {f"{name}/{kind}": value for name, has in named.items() for kind, value in has.items()}
+    kinds = {"model": policy.state_dict(), "optimizer": moments, "ema": ema.average}
+    return {
+        (kind, n): whole(t.detach()).numpy().tobytes() for kind, tensors in kinds.items() for n, t in tensors.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded"),
+    [((2, SHARDED), (3, SHARDED)), ((3, SHARDED), (1, None)), ((3, SHARDED), (2, None)), ((2, None), (3, SHARDED))],
+)
+def test_every_row_is_saved_and_found_again_by_any_number_of_processes(saved, loaded, tmp_path):
+    def save(found):
+        training = uneven_training(seed=1)
+        saver = new_saver(training, tmp_path)
+        buffer = saver.buffer.result() if hasattr(saver, "buffer") else None
+        saver.save(state_of(1))
+        found["everything"] = everything(*training)
+        saver.finish()
+        assert buffer is None or saver.buffer.result() is buffer
+
+    def load(found):
+        for count in (0, 2):  # as a run is resumed, and as it goes back
+            training = uneven_training(seed=2, count=count)
+            assert checkpoint.load(*training, tmp_path / "step_00000001") == state_of(1)
+            found[count] = everything(*training)
+
+    expected = [child.ok().found["everything"] for child in in_children(save, *saved)]
+    checkpoint.verify(tmp_path / "step_00000001")
+    assert len(expected[0]) == 6 + 4 * 3 + 4
+    for child in in_children(load, *loaded):
+        assert child.ok().found[0] == child.found[2] == expected[0]
+    if saved[1]:
+        for kind in ("model", "optimizer", "ema"):
+            rows = Rows.of(tmp_path / "step_00000001", kind)
+            assert {(kind, name) for name in rows.parts} == {key for key in expected[0] if key[0] == kind}
+            for name in rows.parts:
+                tensor = torch.full(rows.shape(name), torch.nan)
+                rows.read(name, tensor)
+                assert tensor.numpy().tobytes() == expected[0][kind, name]
+
+
+@pytest.mark.parametrize("env", [SHARDED, None])
+def test_checkpoint_of_another_policy_is_refused_with_the_difference_and_changes_nothing(env, tmp_path):
+    def save_and_load(_):
+        saver = new_saver(uneven_training(seed=1, gone=(2,)), tmp_path)
+        saver.save(state_of(1))
+        saver.finish()
+        others = uneven_training(seed=2, five=(6, 2), more=(2,))
+        before = everything(*others)
+        told = r"the weights are not .* missing more, left over gone, of another shape five; use the checkpoint with"
+        with pytest.raises(InputError, match=told):
+            checkpoint.load(*others, tmp_path / "step_00000001")
+        assert everything(*others) == before
+
+    in_children(save_and_load, 1, env)[0].ok()
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_save_that_fails_in_one_process_fails_in_all_with_its_reason_and_the_next_succeeds(failing, tmp_path):
+    def save(found):
+        training, save_file = uneven_training(seed=1), vla.saver.save_file
+        saver = new_saver(training, tmp_path)
+        if rank() == failing:
+            vla.saver.save_file = broken
+        saver.save(state_of(1))
+        saver.settle()
+        found["problems"], found["left"] = saver.report()[1], [path.name for path in tmp_path.iterdir()]
+        training[0].wait_for_everyone()
+        vla.saver.save_file = save_file
+        saver.save(state_of(2))
+        saver.finish()
+
+    children = in_children(save, 2, SHARDED)
+    (problem,) = children[0].ok().found["problems"]
+    why = "OSError: process 1: OSError: first line" if failing else "OSError: first line"
+    assert problem.startswith(f"a checkpoint could not be saved ({why}): there is none yet; 1 of 3")
+    assert children[0].found["left"] == children[1].ok().found["problems"] == []
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000002"]
+
+
+def test_state_that_is_not_finite_in_one_process_is_never_committed(tmp_path):
+    def save(found):
+        training = uneven_training(seed=1)
+        saver = new_saver(training, tmp_path)
+        if rank() == 1:
+            training[1].five.to_local().data[-1] = torch.inf
+        saver.save(state_of(1))
+        saver.settle()
+        found["problems"] = saver.report()[1]
+
+    first, second = in_children(save, 2, SHARDED)
+    assert "process 1: FloatingPointError: weights or moments are not finite" in first.ok().found["problems"][0]
+    second.ok()
+    assert not list(tmp_path.iterdir())
+
+
+def test_process_that_says_nothing_fails_the_save_in_bounded_time(tmp_path):
+    def save(found):
+        saver = new_saver(uneven_training(seed=1), tmp_path)
+        vla.saver.PATIENCE = 0
+        if rank() == 1:
+            Saver._write_rows = lambda *_: []
+        signs = []
+        saver.alive = lambda: signs.append(1)
+        saver.save(state_of(1))
+        saver.settle()
+        found["problems"], found["signs"] = saver.report()[1], len(signs)
+
+    first, second = in_children(save, 2, SHARDED)
+    assert "(OSError: process 1: no word of it)" in first.ok().found["problems"][0]
+    second.ok()
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,45 @@
+"""One policy sharded over all processes (FSDP2), where the YAML asks accelerate for it."""
+
+import os
+
+import torch
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from vla import InputError
+from vla.config import TrainConfig
+
+
+def set_up(accelerator: Accelerator, config: TrainConfig) -> None:
+    """Have accelerate shard so that the numbers are those of a policy that is not, if the YAML asks for sharding.
+
+    Raises InputError for what does not go with it.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return
+    state, precision = accelerator.state, accelerator.mixed_precision
+    if accelerator.distributed_type == DistributedType.NO:
+        raise InputError("the environment asks for sharding of a process that is alone; start it by accelerate launch")
+    if accelerator.distributed_type == DistributedType.MULTI_CPU:  # accelerate shards on GPUs alone, though torch can
+        state.fsdp_plugin = FullyShardedDataParallelPlugin(cpu_offload=False)
+        state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+    plugin = state.fsdp_plugin
+    if plugin.fsdp_version != 2:
+        raise InputError(
+            f"the YAML asks for FSDP version {plugin.fsdp_version}; set fsdp_version: 2 in its fsdp_config"
+        )
+    for found, cure in {
+        f"mixed_precision: {precision}": "" if precision in ("no", "bf16") else "set it to bf16 or no in the YAML",
+        "fsdp_cpu_ram_efficient_loading": plugin.cpu_ram_efficient_loading and "set it to false in the YAML",
+        "parallelism_config": accelerator.parallelism_config and "take it out of the YAML",
+        "--compile": config.compile and "leave it out",
+        f"--eval.env {config.eval.env}": config.eval.env
+        and "leave it out, and act with the exported policy: python -m vla.rollout",
+    }.items():
+        if cure:
+            raise InputError(f"{found} does not go with a sharded policy (FSDP); {cure}")
+    if precision == "bf16":
+        # As autocast alone does it: gradients are added in float32; what goes in and comes out keeps its precision.
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
