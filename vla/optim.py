@@ -76,9 +76,14 @@ class EMA:
     """
 
     def __init__(self, policy: nn.Module, decay: float):
-        self.decay = decay
+        self.decay, self.average = decay, {}
+        self.follow(policy)
+
+    def follow(self, policy: nn.Module) -> None:
+        """Average what is trained now; what was not until now, from its present weights on."""
         self.live = {name: p for name, p in named_parameters(policy).items() if p.requires_grad}
-        self.average = {name: p.detach().clone() for name, p in self.live.items()}
+        new = {name: p.detach().clone() for name, p in self.live.items() if name not in self.average}
+        self.average = {name: new[name] if name in new else self.average[name] for name in self.live}
 
     @torch.no_grad()
     def update(self, step: int) -> None:

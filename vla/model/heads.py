@@ -44,7 +44,7 @@ class Decoder(nn.Module):
         """
         x = self.slot.expand(len(state), -1, -1) if slots is None else self.slot + slots
         x = torch.cat([self.state(state)[:, None], x], dim=1)  # [B, 1 + H, D]
-        context, attend = self.context_norm(hidden), None
+        context, attend = self.context_norm(hidden.to(self.context_norm.weight.dtype)), None
         if visible is not None:
             attend = F.pad(visible, (1, 0), value=True)[:, None, None, :]  # [B, 1, 1, 1 + H], the state always
         for block in self.blocks:

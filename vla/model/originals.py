@@ -23,6 +23,10 @@ class Originals:
         self.parts: dict[str, list] = {}  # by flag
         self.digest = ""  # of the weights that were loaded
 
+    def __str__(self) -> str:
+        settings, random = self.settings, "random " * self.settings.random_backbone
+        return random + (settings.backbone or f"{settings.vision_backbone} and {settings.language_backbone}")
+
     def _read(self, flag: str, what: str, read):
         """What `read` makes of the folder or name of a model. Raises InputError if it fails."""
         name = getattr(self.settings, flag)
@@ -76,6 +80,7 @@ class Originals:
     def model(self, flag: str, auto, config) -> nn.Module:
         """A model in float32, by one of transformers' Auto classes. Raises InputError if weights are missing."""
         from transformers.initialization import no_init_weights
+        from transformers.utils import logging
 
         name, settings = getattr(self.settings, flag), self.settings
         options = {"attn_implementation": settings.attention, "dtype": torch.float32}
@@ -93,6 +98,8 @@ class Originals:
             made.tie_weights()  # which is left out with the rest
             return made
         options |= {"config": config, "output_loading_info": True}
+        logging.set_verbosity_error()  # what it says of weights that were cut off, and its bar, are of no use here
+        logging.disable_progress_bar()
         made, found = self._read(flag, "weights", lambda name: auto.from_pretrained(name, **options))
         if lacking := sorted(found["missing_keys"]) + [key for key, *_ in sorted(found["mismatched_keys"])]:
             raise InputError(

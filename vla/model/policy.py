@@ -191,6 +191,7 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
             )
         for name in weights.parts:
             weights.read(name, own[name])
+        policy._base -= weights.parts.keys()  # what was once trained is stored from then on
         policy.state_norm.require()
         policy.action_norm.require()
         return policy.to(map_location).eval()
@@ -212,10 +213,8 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
     def check_base(self, base: str, where: Path) -> None:
         """Raises InputError unless the frozen pretrained weights are those of this digest, which `where` belongs to."""
         if base and self.config.base != base:
-            model = self.config.model
-            names = " and ".join(filter(None, (model.backbone, model.vision_backbone, model.language_backbone)))
             raise InputError(
-                f"{where} was trained on other weights than {names} has now; bring those back, or start a new run"
+                f"{where} was trained on other weights than {self.backbone.originals} has now; bring those back"
             )
 
     def set_statistics(self, statistics: Sequence[tuple[dict, dict]]) -> None:
@@ -239,7 +238,7 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
             hidden, mask, error = self.language_model(
                 image_tokens, batch["image_mask"], batch["tokens"], batch["token_mask"], lm
             )
-        return hidden.float(), mask, error
+        return hidden, mask, error
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The loss, a weighted sum of terms, and each term, all means over the samples (scalars); sample_loss [B]."""

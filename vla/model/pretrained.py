@@ -230,7 +230,7 @@ class Layout:
 def _layout(tokenizer, family: Family, image_tokens: int, cameras: int, first: int, max_tokens: int) -> Layout:
     """image_tokens: I. first: the position of the first token."""
     before, after = _ids(tokenizer, family.before), _ids(tokenizer, family.after)
-    ids, camera, places = _ids(tokenizer, family.start), [], []
+    ids, camera, places = _ids(tokenizer, family.start.format(bos=tokenizer.bos_token or "")), [], []
     camera += [0] * len(ids)
     for n in range(cameras):
         places += range(len(ids) + len(before), len(ids) + len(before) + image_tokens)
