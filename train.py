@@ -38,7 +38,7 @@ def main(config: TrainConfig) -> None:
     from vla.guard import Guard, Signals
     from vla.log import RunLog
     from vla.model import DatasetSpec, PolicyConfig, VLAPolicy
-    from vla.optim import EMA, parameter_groups, schedule
+    from vla.optim import EMA, adamw, parameter_groups, schedule
     from vla.saver import FAILURES, Saver
 
     # ---- What can be wrong with the input is found here, before any process group exists.
@@ -101,7 +101,7 @@ def main(config: TrainConfig) -> None:
     policy.freeze_at(math.inf)  # what will be trained at some time is in the optimizer from the start
     groups = parameter_groups(policy, config.optim)
     policy.freeze_at(0)
-    model, optimizer = accelerator.prepare(policy, torch.optim.AdamW(groups, betas=config.optim.betas, fused=True))
+    model, optimizer = accelerator.prepare(policy, adamw(groups, config.optim))
     register_fsdp_forward_method(policy, "predict_chunk")  # which needs the weights as forward does
     optimized = {p for group in optimizer.param_groups for p in group["params"]}
     trained = [p for p in policy.parameters() if p in optimized]
@@ -278,6 +278,8 @@ def main(config: TrainConfig) -> None:
                     if accelerator.scaler is None:  # the fp16 scaler does the same by itself
                         # A fused step then leaves the weights alone, without a wait.
                         optimizer.optimizer.found_inf = bad.to(trained[0].device)
+                    if config.optim.eight_bit and bad:  # bitsandbytes leaves weights alone that have no gradient
+                        optimizer.zero_grad()
                 optimizer.step()
                 optimizer.zero_grad()
             for name, value in output.items():

@@ -176,6 +176,8 @@ class OptimConfig:
     weight_decay: float = 0.01
     # AdamW's decay rates of the two moments.
     betas: tuple[float, float] = (0.9, 0.95)
+    # Keep AdamW's moments in 8 bits, a quarter of their memory, by bitsandbytes (Dettmers et al., 2022).
+    eight_bit: bool = False
     # Largest gradient norm (0: no clipping; the norm is logged all the same).
     clip: float = 1.0
     # Decay of the moving average of the weights, which is then evaluated and exported (0: off).

@@ -53,6 +53,17 @@ def trained_parameters(policy: nn.Module, optimizer: torch.optim.Optimizer) -> d
     return {names[p]: p for group in optimizer.param_groups for p in group["params"]}
 
 
+def adamw(groups: list[dict], config: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW for these groups. Raises InputError if it is to keep 8 bits and bitsandbytes is not there."""
+    if not config.eight_bit:
+        return torch.optim.AdamW(groups, betas=config.betas, fused=True)
+    try:
+        import bitsandbytes
+    except ImportError:
+        raise InputError("--optim.eight_bit needs bitsandbytes; pip install bitsandbytes, or leave it out") from None
+    return bitsandbytes.optim.AdamW8bit(groups, betas=config.betas)
+
+
 def schedule(config: OptimConfig, step: int, steps: int) -> float:
     """Share of the peak learning rate at a step (0-based) of a run of `steps`: a function, so no state can be lost."""
     if step < config.warmup_steps:

@@ -27,6 +27,7 @@ def policy_on(flags, **options):
     torch.manual_seed(0)
     policy = VLAPolicy(settings(flags, **options))
     policy.set_statistics([tuple(map(statistics, VALUES[spec.name])) for spec in policy.config.datasets])
+    torch.manual_seed(1)  # again, as adapters have taken random numbers too
     nn.init.normal_(policy.action_head.decoder.out[-1].weight, std=0.1)
     return policy
 
@@ -42,3 +43,12 @@ def hidden(policy, batch):
     """The hidden states that the action head attends to [B, S, D], and their mask [B, S]."""
     tokens = policy.encode_images(batch["images"])
     return policy.language_model(tokens, batch["image_mask"], batch["tokens"], batch["token_mask"])[:2]
+
+
+def learned(policy, batch):
+    """What the policy makes of a batch, and the gradients of its loss, by name, of what is trained."""
+    policy.zero_grad()
+    output = policy(batch)
+    output["loss"].backward()
+    found = {name: value.detach() for name, value in output.items()} | {"chunk": policy.predict_chunk(batch)}
+    return found | {name: p.grad.clone() for name, p in policy.named_parameters() if p.requires_grad}

@@ -32,6 +32,8 @@ class Originals:
         name = getattr(self.settings, flag)
         if self.saved and what != "weights":
             name = str(_place(self.saved, flag))
+        if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+            raise InputError(f"--model.{flag} {name}: there is no such folder; correct it")
         try:
             return read(name)
         except Exception as failure:  # by every kind of damage and of network another one
@@ -97,7 +99,7 @@ class Originals:
                 made = auto.from_config(config, **options)
             made.tie_weights()  # which is left out with the rest
             return made
-        options |= {"config": config, "output_loading_info": True}
+        options |= {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True}  # told below
         logging.set_verbosity_error()  # what it says of weights that were cut off, and its bar, are of no use here
         logging.disable_progress_bar()
         made, found = self._read(flag, "weights", lambda name: auto.from_pretrained(name, **options))

@@ -21,7 +21,7 @@ class Pixels(nn.Module):
     """Resize, rescale and normalize, by the numbers in a processor's preprocessor_config.json.
 
     Resizing is Pillow's, to the bit but for ties: filters are linear, so its weights are two matrices, and like Pillow
-    it rounds after each of them. Raises InputError for a processor that does not say its size.
+    it rounds after each of them. Raises InputError for a processor that does not say its size, or mean and deviation.
     """
 
     def __init__(self, processor: dict, kind: str, image_size: tuple[int, int], patch: int):
@@ -43,6 +43,8 @@ class Pixels(nn.Module):
         if processor.get("do_rescale", True):
             factor *= processor.get("rescale_factor", 1 / 255)
         if processor.get("do_normalize", True):
+            if not {"image_mean", "image_std"} <= processor.keys():
+                raise InputError("preprocessor_config.json of the backbone lacks image_mean or image_std; add them")
             mean, std = (torch.tensor(processor[name])[:, None, None] for name in ("image_mean", "image_std"))
         self.register_buffer("scale", factor / std, persistent=False)
         self.register_buffer("shift", mean / std, persistent=False)
@@ -69,18 +71,21 @@ def resampling(before: int, after: int, resample: int) -> Tensor:
 def target_size(processor: dict, image_size: tuple[int, int], patch: int) -> tuple[int, int]:
     """The size (H, W) that whole images of a size (h, w) are brought to."""
     size = processor.get("size") or {}
-    size = size if isinstance(size, dict) else {"shortest_edge": size}
     if "merge_size" in processor:  # Qwen, which keeps the aspect, and whose edges are numbers of pixels
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
         low = processor.get("min_pixels") or size.get("min_pixels") or size["shortest_edge"]
         high = processor.get("max_pixels") or size.get("max_pixels") or size["longest_edge"]
-        return smart_resize(*image_size, patch, low, high)
+        try:
+            return smart_resize(*image_size, patch, low, high)
+        except ValueError as failure:
+            raise InputError(f"images of {image_size}: {failure}; give --data.image_size") from None
     if "max_num_patches" in processor:  # SigLIP 2, which keeps the aspect
         from transformers.models.siglip2.image_processing_pil_siglip2 import get_image_size_for_max_num_patches
 
         return get_image_size_for_max_num_patches(*image_size, patch, processor["max_num_patches"])
     for given in (processor.get("max_image_size"), processor.get("crop_size"), size):
+        given = {"shortest_edge": given} if isinstance(given, int) else given  # of old files
         if given and given.get("height") and given.get("width"):
             return given["height"], given["width"]
         if edge := given and (given.get("longest_edge") or given.get("shortest_edge")):

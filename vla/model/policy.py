@@ -149,7 +149,8 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
         """Add the adapters to the weights that they adapt: the same policy, to rounding, without any."""
         merge_adapters(self)
         self._base, self._never = set(), set()
-        self.config = dataclasses.replace(self.config, lora=LoraConfig(), base="")
+        model = dataclasses.replace(self.config.model, frozen_dtype="float32")
+        self.config = dataclasses.replace(self.config, model=model, lora=LoraConfig(), base="")
 
     def untrained(self) -> "VLAPolicy":
         """The same network with random weights, and the same statistics."""

@@ -50,7 +50,9 @@ FAMILIES = {
     "smolvlm": _SMOLVLM,
     "idefics3": _SMOLVLM,
     "paligemma": Family(marks=("<bos>",), start="", instruction="<bos>{}\n", causal=False),
-    "qwen2_5_vl": _QWEN,
+    "qwen2_5_vl": replace(
+        _QWEN, start="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+    ),
     "qwen3_vl": _QWEN,
 }
 
@@ -113,6 +115,10 @@ class Projector(nn.Sequential):
 
     def __init__(self, features: int, width: int):
         super().__init__(nn.LayerNorm(features), nn.Linear(features, width), nn.GELU(), nn.Linear(width, width))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[..., features], perhaps of a frozen encoder in bfloat16 -> [..., width]."""
+        return super().forward(features.to(self[0].weight.dtype))
 
 
 class LanguageModel(nn.Module):
@@ -270,6 +276,11 @@ def build(model: ModelConfig, cameras: int, image_size: tuple[int, int], saved: 
                 f"--model.backbone {model.backbone} is of the family {kind}; expected one of {', '.join(FAMILIES)}, or "
                 "two models by --model.vision_backbone and --model.language_backbone"
             )
+        if model.attention == "flash_attention_2" and not family.causal:
+            raise InputError(
+                f"--model.attention flash_attention_2 is causal, and in {kind} images and instruction see each other; "
+                "leave it out"
+            )
         vision, text = config.vision_config, _first_layers("backbone", config, model)
         if len(getattr(vision, "deepstack_visual_indexes", [])) > text.num_hidden_layers:
             raise InputError(
@@ -326,7 +337,14 @@ def unused(encoder: nn.Module, image_size: tuple[int, int]) -> list[nn.Parameter
     """The parameters that image tokens do not depend on, such as those of a token that hides patches."""
     parameters = list(encoder.parameters())
     with torch.enable_grad():
-        tokens = encoder(torch.zeros(1, 1, 3, *image_size, dtype=torch.uint8))
+        try:
+            tokens = encoder(torch.zeros(1, 1, 3, *image_size, dtype=torch.uint8))
+        except (RuntimeError, ValueError) as failure:  # each model has its own words for it
+            made, reason = "x".join(map(str, encoder.pixels.size)), str(failure).partition("\n")[0]
+            raise InputError(
+                f"the image encoder does not take images of {made}, as its preprocessor_config.json makes them "
+                f"({reason}); correct that file"
+            ) from None
         gradients = torch.autograd.grad(tokens.sum(), parameters, allow_unused=True)
     return [p for p, gradient in zip(parameters, gradients, strict=True) if gradient is None]
 

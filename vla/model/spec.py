@@ -115,7 +115,7 @@ def check(config: PolicyConfig) -> None:
             raise InputError(f"--model.loss.{name} has no effect with --model.head {model.head} here; leave it out")
     if not sum(getattr(loss, name) for name in used):
         raise InputError(f"the loss weights {', '.join(sorted(used))} are all 0, so nothing is learned; raise one")
-    if loss.lm and "language_model" in model.freeze:
+    if loss.lm and {"language_model", "language_model.model"} & set(model.freeze):
         raise InputError("--model.loss.lm trains the language_model, which --model.freeze freezes; drop one")
     if model.hidden_layer and not loss.lm:
         raise InputError(
@@ -170,10 +170,23 @@ def _check_parts(config: PolicyConfig) -> None:
         within(flag, value, low, high)
     if not lora.rank and lora != LoraConfig():
         raise InputError("the flags --lora have no effect without --lora.rank; give a rank, such as 16")
-    if lora.rank and (twice := sorted(set(lora.modules) & set(model.freeze))):
+    adapted = lora.modules if lora.rank else ()
+    if twice := sorted({a for a in adapted for b in model.freeze if f"{a}.".startswith(f"{b}.")}):
         raise InputError(
-            f"--model.freeze and --lora.modules both name {', '.join(twice)}; adapters freeze the weights under them: "
-            "drop it from --model.freeze"
+            f"--model.freeze freezes {', '.join(twice)}, where --lora.modules puts adapters; these freeze the weights "
+            "under them: drop it from --model.freeze"
         )
-    if model.frozen_dtype != "float32" and model.unfreeze:
-        raise InputError("--model.unfreeze trains weights that --model.frozen_dtype keeps in bfloat16; drop one")
+    built_in = not model.backbone and not model.vision_backbone
+    if new := sorted(name for name in adapted if built_in or name.partition(".")[0] in ("action_head", "projector")):
+        raise InputError(
+            f"--lora.modules names {', '.join(new)}, whose weights are new and would stay random under adapters; name "
+            "pretrained parts"
+        )
+    if model.frozen_dtype != "float32":
+        if model.unfreeze:
+            raise InputError("--model.unfreeze trains weights that --model.frozen_dtype keeps in bfloat16; drop one")
+        if not {"vision_encoder", "language_model"} & {*model.freeze, *adapted}:
+            raise InputError(
+                f"--model.frozen_dtype {model.frozen_dtype} is for a vision_encoder or language_model that is frozen "
+                "or has adapters; name one in --model.freeze or --lora.modules, or leave it out"
+            )

@@ -1,0 +1,146 @@
+"""Training on pretrained backbones, from the first step to the export: tiny models of each family, in train.py."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import tiny
+from safetensors.torch import load_file
+from training import SHARDED, assert_equal, die_at, metrics, run_module, series, train
+
+from vla.model import VLAPolicy
+
+ADAPTERS = ("--lora.rank", "4", "--lora.modules", "language_model", "vision_encoder")
+FROZEN = ("--model.freeze", "vision_encoder", "language_model")
+THAWED = (*FROZEN, "--model.unfreeze", "language_model", "6", "vision_encoder", "9")
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """models(family) -> the flags of a backbone of this family, made once; composed ones by their vision part."""
+    root, made = tmp_path_factory.mktemp("models"), {}
+
+    def flags(family):
+        if family in tiny.VISIONS:
+            made["language"] = made.get("language") or tiny.language(root / "language")
+            made[family] = made.get(family) or tiny.vision(family, root / family)
+            return ("--model.vision_backbone", made[family], "--model.language_backbone", made["language"])
+        made[family] = made.get(family) or tiny.vlm(family, root / family)
+        return ("--model.backbone", made[family])
+
+    return flags
+
+
+@pytest.fixture(scope="session")
+def flags(flags):
+    """Those of every small training, less those of the built-in backbone."""
+    own = {"--model.vision_blocks", "--model.language_layers"}
+    pairs = zip(flags[::2], flags[1::2], strict=True)
+    return [word for pair in pairs if pair[0] not in own for word in pair]
+
+
+@pytest.mark.parametrize("family", [*tiny.VLMS, *tiny.VISIONS])
+def test_each_family_learns_the_table(family, models, flags, tmp_path):
+    own = ("--model.head", "regression", "--model.width", 64, "--steps", 60, "--optim.schedule", "constant")
+    (child,) = train(*flags, *models(family), *own, "--run_dir", tmp_path / "run")
+    child.ok()
+    loss = list(series(tmp_path / "run", "train/loss").values())
+    assert sum(loss[-10:]) < 0.95 * sum(loss[:10])
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(
+    "own",
+    [(*ADAPTERS, "--lora.dropout", "0.2"), (*ADAPTERS, "--model.gradient_checkpointing"), FROZEN, THAWED],
+    ids=["dropout", "recomputed", "frozen", "thawed"],
+)
+def test_killed_and_resumed_run_equals_uninterrupted_run(own, processes, models, uninterrupted, flags, tmp_path):
+    own = (*map(str, models("qwen3_vl")), *own)
+    killed = train(*flags, *own, "--run_dir", tmp_path / "run", processes=processes, before=die_at(12))
+    assert {child.code for child in killed} == {-signal.SIGKILL}
+    for child in train("--resume_from", tmp_path / "run", processes=processes):
+        child.ok()
+    assert_equal(tmp_path / "run", uninterrupted(*own, processes=processes))
+
+
+def test_sharded_run_with_adapters_resumes_exactly(models, uninterrupted, flags, tmp_path):
+    own = (*map(str, models("paligemma")), *ADAPTERS)
+    train(*flags, *own, "--run_dir", tmp_path / "run", processes=2, env=SHARDED, before=die_at(12))
+    for child in train("--resume_from", tmp_path / "run", processes=2, env=SHARDED):
+        child.ok()
+    whole = uninterrupted(*own, processes=2)
+    assert series(tmp_path / "run", "train/loss") == pytest.approx(series(whole, "train/loss"), rel=1e-4)
+
+
+def test_checkpoint_holds_what_is_trained_alone_and_the_export_drives_without_network(models, flags, tmp_path):
+    run, base = tmp_path / "run", tmp_path / "base"
+    shutil.copytree(models("smolvlm")[1], base)
+    (child,) = train(*flags, "--model.backbone", base, *ADAPTERS, "--run_dir", run)
+    assert f"pretrained {base}" in child.ok().stderr
+    kept = load_file(run / "checkpoints/step_00000016/model.safetensors")
+    assert all("lora_" in name or name.startswith(("action_head.", "state_norm.", "action_norm.")) for name in kept)
+    (child,) = run_module("vla.export", run, "--merge")
+    child.ok()
+
+    code = "import sys; from vla.model import VLAPolicy; print(VLAPolicy.from_pretrained(sys.argv[1]).config.lora.rank)"
+    command, offline = [sys.executable, "-c", code], os.environ | {"HF_HUB_OFFLINE": "1"}
+    adapters = subprocess.run([*command, run / "export"], capture_output=True, text=True, env=offline)
+    assert adapters.stdout == "4\n"
+    shutil.rmtree(base)  # what is merged does not need it
+    merged = subprocess.run([*command, run / "merged"], capture_output=True, text=True, env=offline)
+    assert merged.stdout == "0\n", merged.stderr
+
+
+def test_merging_twice_gives_the_same_folder(models, flags, tmp_path):
+    run = tmp_path / "run"
+    train(*flags, *models("smolvlm"), *ADAPTERS, "--run_dir", run)[0].ok()
+    merged = []
+    for _ in range(2):
+        run_module("vla.export", run, "--merge")[0].ok()
+        merged.append({path.name: path.read_bytes() for path in (run / "merged").rglob("*") if path.is_file()})
+    assert merged[0] == merged[1]
+    assert VLAPolicy.from_pretrained(run / "export").config.lora.rank == 4  # which it left alone
+
+
+def test_run_does_not_go_on_with_other_weights_under_its_adapters(models, flags, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(models("smolvlm")[1], base)
+    train(*flags, "--model.backbone", base, *ADAPTERS, "--run_dir", tmp_path / "run")[0].ok()
+    tiny.vlm("smolvlm", base, seed=1)
+    (child,) = train("--resume_from", tmp_path / "run", "--steps", "20")
+    assert child.code == 1
+    assert "--model.backbone" in child.stderr
+    assert "Traceback" not in child.stderr
+
+
+def test_trained_backbone_goes_on_without_the_weights_that_it_began_with(models, flags, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(models("smolvlm")[1], base)
+    train(*flags, "--model.backbone", base, "--run_dir", tmp_path / "run")[0].ok()
+    shutil.rmtree(base)
+    train("--resume_from", tmp_path / "run", "--steps", "20")[0].ok()
+    VLAPolicy.from_pretrained(tmp_path / "run/export")
+
+
+def test_unfrozen_parts_learn_from_their_step_on_and_not_before(models, flags, tmp_path):
+    run = tmp_path / "run"
+    keep = ("--checkpoint.every", "2", "--checkpoint.keep", "9", "--optim.ema", "0")
+    train(*flags, *models("smolvlm"), *THAWED, *keep, "--run_dir", run)[0].ok()
+    files = {step: load_file(run / f"checkpoints/step_{step:08d}/model.safetensors") for step in (2, 4, 6, 8, 10, 16)}
+    parts = {step: {name.partition(".")[0] for name in kept} for step, kept in files.items()}
+    own = {"action_head", "state_norm", "action_norm"}
+    assert parts[2] == parts[4] == own
+    assert parts[6] == parts[8] == own | {"language_model"}
+    assert parts[10] == parts[16] == own | {"language_model", "vision_encoder"}
+    base = load_file(models("smolvlm")[1] / "model.safetensors")
+    name = "language_model.model.layers.0.mlp.up_proj.weight"
+    before = base["model.text_model.layers.0.mlp.up_proj.weight"]
+    assert files[6][name].equal(before)
+    assert not files[8][name].equal(before)
+    assert {"lr/language_model", "lr/vision_encoder"} <= {name for line in metrics(run) for name in line}
+    assert json.loads((run / "checkpoints/step_00000004/config.json").read_text())["base"]
+    assert not json.loads((run / "checkpoints/step_00000016/config.json").read_text())["base"]
