@@ -305,15 +305,19 @@ def test_missing_file_of_one_process_is_named(file, uninterrupted, tmp_path, cap
     (child,) = run_module("vla.checkpoints", run, "--verify")
     assert "damaged" not in child.ok().stderr
     (last(run) / file).unlink()
-    with pytest.raises(InputError, match=f"does not hold what its MANIFEST.json lists: look at {file}"):
+    with pytest.raises(InputError, match=f"does not hold what its MANIFEST.json lists: look at {file}$"):
         checkpoint.verify(last(run))
     manifest = json.loads((last(run) / "MANIFEST.json").read_text())
     del manifest["files"][file]
     (last(run) / "MANIFEST.json").write_text(json.dumps(manifest))
-    with pytest.raises(InputError, match=f"MANIFEST.json does not list {file}"):
+    with pytest.raises(InputError, match=f"MANIFEST.json does not list {file}$"):
         checkpoint.verify(last(run))
     (child,) = run_module("vla.checkpoints", run)
     assert f"MANIFEST.json does not list {file}" in child.ok().stderr
+    manifest["files"] = {name: entry for name, entry in manifest["files"].items() if not name.startswith("model")}
+    (last(run) / "MANIFEST.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=r"does not list .*model-00001-of-00002.safetensors, model-00002"):
+        checkpoint.verify(last(run))
 
 
 # ---- Saving and loading, in small.
@@ -336,13 +340,16 @@ class Uneven(nn.Module):
         return self.state_dict()
 
 
-def uneven_training(seed, count=3, **more):
+def uneven_training(seed, count=3, frozen=(), **more):
     """An accelerator, which shards if the environment says so, a policy, its optimizer and average after some steps."""
     torch.manual_seed(seed)
     accelerator = Accelerator(cpu=True)
     fsdp.set_up(accelerator, TrainConfig())
     policy = Uneven(**more)
-    model, optimizer = accelerator.prepare(policy, torch.optim.AdamW(policy.parameters(), fused=True))
+    for name in frozen:
+        getattr(policy, name).requires_grad_(False)
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    model, optimizer = accelerator.prepare(policy, torch.optim.AdamW(trained, fused=True))
     ema = EMA(policy, 0.9)
     for step in range(count):
         model(torch.ones(())).backward()
@@ -372,7 +379,7 @@ def test_every_row_is_saved_and_found_again_by_any_number_of_processes(saved, lo
         saver = new_saver(training, tmp_path)
         buffer = saver.buffer.result() if hasattr(saver, "buffer") else None
         saver.save(state_of(1))
-        found["everything"] = everything(*training)
+        found["everything"], found["draw"] = everything(*training), torch.rand(1).item()
         saver.finish()
         assert buffer is None or saver.buffer.result() is buffer
 
@@ -380,21 +387,26 @@ def test_every_row_is_saved_and_found_again_by_any_number_of_processes(saved, lo
         for count in (0, 2):  # as a run is resumed, and as it goes back
             training = uneven_training(seed=2, count=count)
             assert checkpoint.load(*training, tmp_path / "step_00000001") == state_of(1)
-            found[count] = everything(*training)
+            found[count], found["draw"] = everything(*training), torch.rand(1).item()
 
-    expected = [child.ok().found["everything"] for child in in_children(save, *saved)]
+    (tmp_path / ".saving_step_00000001").mkdir()
+    (tmp_path / ".saving_step_00000001/left_over").touch()
+    savers = [child.ok().found for child in in_children(save, *saved)]
+    expected = savers[0]["everything"]
     checkpoint.verify(tmp_path / "step_00000001")
-    assert len(expected[0]) == 6 + 4 * 3 + 4
-    for child in in_children(load, *loaded):
-        assert child.ok().found[0] == child.found[2] == expected[0]
+    assert not (tmp_path / "step_00000001/left_over").exists()
+    assert len(expected) == 6 + 4 * 3 + 4
+    for place, child in enumerate(in_children(load, *loaded)):
+        assert child.ok().found[0] == child.found[2] == expected
+        assert place >= len(savers) or child.found["draw"] == savers[place]["draw"]
     if saved[1]:
         for kind in ("model", "optimizer", "ema"):
             rows = Rows.of(tmp_path / "step_00000001", kind)
-            assert {(kind, name) for name in rows.parts} == {key for key in expected[0] if key[0] == kind}
+            assert {(kind, name) for name in rows.parts} == {key for key in expected if key[0] == kind}
             for name in rows.parts:
                 tensor = torch.full(rows.shape(name), torch.nan)
                 rows.read(name, tensor)
-                assert tensor.numpy().tobytes() == expected[0][kind, name]
+                assert tensor.numpy().tobytes() == expected[kind, name]
 
 
 @pytest.mark.parametrize("env", [SHARDED, None])
@@ -409,6 +421,13 @@ def test_checkpoint_of_another_policy_is_refused_with_the_difference_and_changes
         with pytest.raises(InputError, match=told):
             checkpoint.load(*others, tmp_path / "step_00000001")
         assert everything(*others) == before
+        if env:
+            accelerator, policy, optimizer, _ = others = uneven_training(seed=2, frozen=["one"], gone=(2,))
+            before = everything(*others)
+            told = "the moments are not .* missing nothing, left over one/exp_avg, one/exp_avg_sq, one/step,"
+            with pytest.raises(InputError, match=told):
+                checkpoint.load(accelerator, policy, optimizer, None, tmp_path / "step_00000001")
+            assert everything(*others) == before
 
     in_children(save_and_load, 1, env)[0].ok()
 
