@@ -113,7 +113,11 @@ def test_sharded_run_in_bfloat16_keeps_data_and_losses_in_float32(flags, tmp_pat
 
 def test_each_process_holds_its_rows_and_gathers_one_block_at_a_time(flags, tmp_path):
     def count(found):
+        built_for = torch._C._get_accelerator
+        torch._C._get_accelerator = lambda *_: torch.device("cuda")  # as most are, also where there is none
+
         def prepared(objects, *_):
+            torch._C._get_accelerator = built_for
             policy = objects[0]
             found["local"] = sum(p.to_local().numel() for p in policy.parameters())
             found["all"] = sum(p.numel() for p in policy.parameters())
@@ -198,6 +202,7 @@ def test_signal_to_one_process_in_an_evaluation_is_heard_by_all(flags, tmp_path)
 
 
 REFUSED = {
+    "mesh": ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, [], "parallelism_config does not go with"),
     "eval.env": ({}, ["--eval.env", "tabletop"], "--eval.env tabletop does not go with.*python -m vla.rollout"),
     "compile": ({}, ["--compile"], "--compile does not go with"),
     "fp16": ({"ACCELERATE_MIXED_PRECISION": "fp16"}, [], "mixed_precision: fp16 does not go with.*bf16"),
@@ -340,11 +345,13 @@ class Uneven(nn.Module):
         return self.state_dict()
 
 
-def uneven_training(seed, count=3, frozen=(), **more):
+def uneven_training(seed, count=3, frozen=(), accelerator=None, **more):
     """An accelerator, which shards if the environment says so, a policy, its optimizer and average after some steps."""
     torch.manual_seed(seed)
-    accelerator = Accelerator(cpu=True)
-    fsdp.set_up(accelerator, TrainConfig())
+    if accelerator is None:
+        accelerator = Accelerator(cpu=True)
+        fsdp.set_up(accelerator, TrainConfig())
+    accelerator.free_memory()
     policy = Uneven(**more)
     for name in frozen:
         getattr(policy, name).requires_grad_(False)
@@ -384,8 +391,9 @@ def test_every_row_is_saved_and_found_again_by_any_number_of_processes(saved, lo
         assert buffer is None or saver.buffer.result() is buffer
 
     def load(found):
+        training = [None]
         for count in (0, 2):  # as a run is resumed, and as it goes back
-            training = uneven_training(seed=2, count=count)
+            training = uneven_training(2, count, accelerator=training[0])
             assert checkpoint.load(*training, tmp_path / "step_00000001") == state_of(1)
             found[count], found["draw"] = everything(*training), torch.rand(1).item()
 
@@ -412,17 +420,19 @@ def test_every_row_is_saved_and_found_again_by_any_number_of_processes(saved, lo
 @pytest.mark.parametrize("env", [SHARDED, None])
 def test_checkpoint_of_another_policy_is_refused_with_the_difference_and_changes_nothing(env, tmp_path):
     def save_and_load(_):
-        saver = new_saver(uneven_training(seed=1, gone=(2,)), tmp_path)
+        training = uneven_training(seed=1, gone=(2,))
+        saver = new_saver(training, tmp_path)
         saver.save(state_of(1))
         saver.finish()
-        others = uneven_training(seed=2, five=(6, 2), more=(2,))
+        others = uneven_training(seed=2, accelerator=training[0], five=(6, 2), more=(2,))
         before = everything(*others)
         told = r"the weights are not .* missing more, left over gone, of another shape five; use the checkpoint with"
         with pytest.raises(InputError, match=told):
             checkpoint.load(*others, tmp_path / "step_00000001")
         assert everything(*others) == before
         if env:
-            accelerator, policy, optimizer, _ = others = uneven_training(seed=2, frozen=["one"], gone=(2,))
+            others = uneven_training(seed=2, accelerator=training[0], frozen=["one"], gone=(2,))
+            accelerator, policy, optimizer, _ = others
             before = everything(*others)
             told = "the moments are not .* missing nothing, left over one/exp_avg, one/exp_avg_sq, one/step,"
             with pytest.raises(InputError, match=told):
