@@ -13,14 +13,13 @@ import os
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 
-from vla import InputError, NotSaved
-from vla import config as configuration
+from vla import InputError, NotSaved, options
+from vla.config import TrainConfig
 
 
-def main(config: configuration.TrainConfig) -> None:
+def main(config: TrainConfig) -> None:
     # On a busy CPU, threads that spin while they wait take the cores from those they wait for: 4 times slower.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
@@ -45,8 +44,8 @@ def main(config: configuration.TrainConfig) -> None:
     # ---- What can be wrong with the input is found here, before any process group exists.
     started, run_dir = time.perf_counter(), Path(config.run_dir)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    micro_batch, accumulation = configuration.accumulation(config, world_size)
-    resuming = configuration.resume_folder(config) is not None
+    micro_batch, accumulation = options.accumulation(config, world_size)
+    resuming = options.resume_folder(config) is not None
     checkpoints = checkpoint.prepare(run_dir, resuming, rank)
     signals = Signals(run_dir)
     if config.deterministic:
@@ -58,11 +57,15 @@ def main(config: configuration.TrainConfig) -> None:
     data = open_datasets(config.data)
     digests = [dataset.digest for dataset in data.datasets]
     if resuming:
-        checkpoint.check_data(checkpoints, digests)
+        checkpoint.check_origin(checkpoints, "data", digests)
     specs = tuple(
         DatasetSpec(d.name, data.in_order(d.cameras), d.state_names, d.action_names, d.fps) for d in data.datasets
     )
-    policy = VLAPolicy(PolicyConfig(config.model, data.cameras, data.image_size, specs))
+    # Pretrained weights that are trained come from the checkpoint, those that are not from where they came from.
+    saved, needed = (run_dir / "backbone", config.model.freeze or config.lora.rank) if resuming else (None, True)
+    policy = VLAPolicy(PolicyConfig(config.model, data.cameras, data.image_size, specs, config.lora), saved, needed)
+    if resuming and needed:
+        checkpoint.check_origin(checkpoints, "base", policy.config.base)
     halves = [split(dataset.episodes, config.data.val_fraction, config.seed) for dataset in data.datasets]
     train_episodes, val_episodes = zip(*halves, strict=True)
     train_samples = Samples(data, train_episodes, policy.tokenize, config.model.chunk_size, config.seed, shuffle=True)
@@ -72,7 +75,9 @@ def main(config: configuration.TrainConfig) -> None:
     # ---- Policy: statistics first, then weights from elsewhere, if any.
     if not resuming:  # else they are in the checkpoint
         policy.set_statistics(train_samples.statistics())
-    origin = init_from(policy, Path(config.init_from)) if config.init_from and not resuming else "weights from scratch"
+    origin = f"pretrained {policy.backbone.originals}" if policy.backbone else "weights from scratch"
+    if config.init_from and not resuming:
+        origin = init_from(policy, Path(config.init_from))
     if config.eval.env:
         policy.drive(rollout.check_fits(policy.config, config.eval.env, config.eval.dataset))
 
@@ -93,10 +98,13 @@ def main(config: configuration.TrainConfig) -> None:
     fsdp.set_up(accelerator, config)
     if config.compile:
         policy.compile()  # in place, so that the names of saved weights stay as they are
+    policy.freeze_at(math.inf)  # what will be trained at some time is in the optimizer from the start
     groups = parameter_groups(policy, config.optim)
+    policy.freeze_at(0)
     model, optimizer = accelerator.prepare(policy, torch.optim.AdamW(groups, betas=config.optim.betas, fused=True))
     register_fsdp_forward_method(policy, "predict_chunk")  # which needs the weights as forward does
-    trained = [p for p in policy.parameters() if p.requires_grad]
+    optimized = {p for group in optimizer.param_groups for p in group["params"]}
+    trained = [p for p in policy.parameters() if p in optimized]
     ema = EMA(policy, config.optim.ema) if config.optim.ema else None
 
     # ---- Resume: one integer places the data, the learning rate and the logs.
@@ -104,10 +112,31 @@ def main(config: configuration.TrainConfig) -> None:
     unjudged |= {"metric": config.eval.metric}
     state = unjudged | {"step": 0, "score": None, "seconds": 0.0, "rollbacks": 0, "left_out": []}
     state |= {"skipped_updates": 0, "bad_in_a_row": 0, "loss_average": 0.0}
-    state |= {"data": digests}
+    state |= {"data": digests, "base": policy.config.base}
+
+    def train_from(step: int) -> None:
+        """Train what is to be trained from this step on; all processes agree on it anew if that has changed."""
+        nonlocal model, optimizer
+        changed = policy.freeze_at(step)
+        if ema:
+            ema.follow(policy)
+        if changed and model is not policy:
+            accelerator.free_memory()
+            model, optimizer = accelerator.prepare(accelerator.unwrap_model(model, False), optimizer.optimizer)
+            first_backward()
+
+    def first_backward() -> None:
+        """DDP sorts its buckets by its first backward pass, and gradients added in another order have other bits. That
+        pass is made here and forgotten, so that a resumed run adds like one that was not stopped."""
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            batch = train_samples.batch(range(micro_batch))
+            accelerator.backward(model({name: value.to(device) for name, value in batch.items()})["loss"])
+            optimizer.zero_grad()
 
     def restored(resume_from: str, passed_over: Iterable[Path] = ()) -> tuple[dict, Path]:
-        saved, path = checkpoint.restore(accelerator, policy, optimizer, ema, resume_from, checkpoints, passed_over)
+        saved, path = checkpoint.restore(
+            *(accelerator, policy, optimizer, ema, resume_from, checkpoints, passed_over), train_from
+        )
         if saved["metric"] != config.eval.metric:  # what was best by another measure tells nothing
             saved |= unjudged
         return saved, path
@@ -120,20 +149,16 @@ def main(config: configuration.TrainConfig) -> None:
     if steps < first_step:
         raise InputError(f"--steps {steps} is behind the checkpoint, which is of step {first_step}; give at least that")
     if main_process:
-        configuration.save(config, run_dir / "config.json")
+        options.save(config, run_dir / "config.json")
 
+        policy.save_backbone(run_dir / "backbone")
     if model is not policy:
-        # DDP sorts its buckets by its first backward pass, and gradients added in another order have other bits.
-        # That pass is made here and forgotten, so that a resumed run adds like one that was not stopped.
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            batch = train_samples.batch(range(micro_batch))
-            accelerator.backward(model({name: value.to(device) for name, value in batch.items()})["loss"])
-            optimizer.zero_grad()
+        first_backward()
 
     log = RunLog(accelerator, config, first_step, steps, evaluated=state["evaluated"] == first_step)
     log.say(
         f"{summary(train_samples, val_samples)}\n"
-        f"policy     {config.model.head} head, {sum(p.numel() for p in trained):,} of "
+        f"policy     {config.model.head} head, {sum(p.numel() for p in trained if p.requires_grad):,} of "
         f"{sum(p.numel() for p in policy.parameters()):,} parameters trained; {origin}\n"
         f"batch      {config.global_batch_size} = {micro_batch} x {accelerator.num_processes} processes x "
         f"{accumulation} micro-batches, {device.type}, precision {accelerator.mixed_precision}\n"
@@ -143,7 +168,7 @@ def main(config: configuration.TrainConfig) -> None:
     guard = Guard(accelerator, config.guard, signals, log.say, train_samples.describe)
     guard.load(state)
     saver = Saver(
-        *(accelerator, checkpoints, policy, asdict(policy.config), optimizer, ema, config.checkpoint),
+        *(accelerator, checkpoints, policy, optimizer, ema, config.checkpoint),
         alive=lambda: guard.go_on("waiting for a checkpoint to be written"),
     )
 
@@ -260,6 +285,8 @@ def main(config: configuration.TrainConfig) -> None:
         if ema:
             ema.update(step)
         step += 1
+        if step in dict(config.model.unfreeze).values():
+            train_from(step)
         guard.step(step, saver.given_up)
         log.step()
 
@@ -304,7 +331,7 @@ def main(config: configuration.TrainConfig) -> None:
 
 if __name__ == "__main__":
     try:
-        main(configuration.parse(sys.argv[1:]))
+        main(options.parse(sys.argv[1:]))
     except (InputError, NotSaved, FloatingPointError) as error:
         if int(os.environ.get("RANK", 0)) == 0:  # every process finds the same fault: say it once
             from tqdm import tqdm

@@ -81,7 +81,7 @@ def main() -> None:
 
     folder = Path(options.folder or tempfile.mkdtemp())
     (folder / "ours").mkdir(parents=True)
-    saver = Saver(accelerator, folder / "ours", policy, {}, optimizer, None, CheckpointConfig(keep=1))
+    saver = Saver(accelerator, folder / "ours", policy, optimizer, None, CheckpointConfig(keep=1))
     for _ in range(3):
         step()
     saver.buffer.result()

@@ -12,6 +12,9 @@ class Policy(torch.nn.Linear):
     def own_state(self):
         return self.state_dict()
 
+    def own_config(self):
+        return CheckpointConfig()
+
 
 def small_training(dtype=torch.float32):
     """What a Saver takes, after one step: an accelerator, a policy, its optimizer, an average of the weights."""
@@ -26,7 +29,7 @@ def small_training(dtype=torch.float32):
 
 def new_saver(training, folder, keep=1):
     accelerator, policy, optimizer, ema = training
-    return Saver(accelerator, folder, policy, {"policy": "config"}, optimizer, ema, CheckpointConfig(keep=keep))
+    return Saver(accelerator, folder, policy, optimizer, ema, CheckpointConfig(keep=keep))
 
 
 def state_of(step, **values):

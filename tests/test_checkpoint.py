@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from training import after, assert_equal, command, die_at, in_children, last, result, steps, train
 
-from vla import InputError, checkpoint, config, export
+from vla import InputError, checkpoint, export, options
 from vla.model import VLAPolicy
 from vla.optim import parameter_groups
 from vla.saver import Saver
@@ -437,7 +437,7 @@ def test_checkpoint_loads_with_plain_load_state(trained):
     def load(found):
         policy = VLAPolicy(VLAPolicy.from_pretrained(path).config)
         accelerator = Accelerator(cpu=True)
-        settings = config.load(trained[0] / "config.json")
+        settings = options.load(trained[0] / "config.json")
         groups = parameter_groups(policy, settings.optim)
         policy, optimizer = accelerator.prepare(policy, torch.optim.AdamW(groups, betas=settings.optim.betas))
         accelerator.load_state(str(path))

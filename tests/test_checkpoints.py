@@ -17,7 +17,7 @@ from training import run_module, steps, train
 
 from vla import InputError, checkpoint, checkpoints, export
 from vla.checkpoints import CheckpointsConfig
-from vla.config import load
+from vla.options import load
 
 ROW = re.compile(r" *(\d+)  +(\d+ \w+)  +(\d\S+B)  (.+)")
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from training import ROOT, command, last, run_module, train
 
-from vla import InputError, config
+from vla import InputError, config, options
 from vla.data.lerobot import LeRobotDataset
 from vla.data.write import LeRobotWriter
 
@@ -85,7 +85,7 @@ def assert_nothing_trained(run):
 def test_wrong_flag_is_refused_with_its_value(arguments, words):
     whole = arguments.startswith(("--run_dir", "--data.path"))
     with pytest.raises(InputError) as refused:
-        config.parse([*(() if whole else NEW_RUN), *arguments.split()])
+        options.parse([*(() if whole else NEW_RUN), *arguments.split()])
     assert [word for word in words if word not in str(refused.value)] == [], refused.value
     assert "\n" not in str(refused.value)
 
@@ -93,7 +93,7 @@ def test_wrong_flag_is_refused_with_its_value(arguments, words):
 @pytest.mark.parametrize("epochs", ["nan", "inf", "-1"])
 def test_number_of_epochs_must_be_a_number(epochs):
     with pytest.raises(InputError, match=f"--epochs.*{epochs}"):
-        config.parse(["--run_dir", "run", "--data.path", "data", "--epochs", epochs])
+        options.parse(["--run_dir", "run", "--data.path", "data", "--epochs", epochs])
 
 
 @pytest.mark.parametrize(
@@ -112,10 +112,10 @@ def test_number_of_epochs_must_be_a_number(epochs):
 def test_accumulation_follows_from_the_batch_sizes_or_is_refused_with_sizes_that_fit(micro, world_size, expected):
     settings = config.TrainConfig(global_batch_size=12, micro_batch_size=micro)
     if isinstance(expected, tuple):
-        assert config.accumulation(settings, world_size) == expected
+        assert options.accumulation(settings, world_size) == expected
     else:
         with pytest.raises(InputError, match=expected):
-            config.accumulation(settings, world_size)
+            options.accumulation(settings, world_size)
 
 
 def test_unknown_flag_is_refused():
@@ -282,7 +282,7 @@ def test_resumed_run_refuses_a_flag_that_disagrees_and_names_both_values(flag, o
     words = new if isinstance(new, tuple) else [new]
     given = [str(word) for part in words for word in (part if isinstance(part, tuple) else [part])]
     with pytest.raises(InputError, match="disagree") as refused:
-        config.parse(["--resume_from", "run", f"--{flag}", *given])
+        options.parse(["--resume_from", "run", f"--{flag}", *given])
     assert f"--{flag} {new} (the run has {old})" in str(refused.value)
     assert "--init_from" in str(refused.value)
 
@@ -304,15 +304,15 @@ def test_resumed_run_refuses_a_flag_that_disagrees_and_names_both_values(flag, o
 def test_resumed_run_takes_a_flag_that_may_change(flag, value, tmp_path):
     before = save_run(tmp_path / "run")
     given = [f"--{flag}"] if value is True else [f"--{flag}", str(value)]
-    after = config.flatten(config.parse(["--resume_from", str(tmp_path / "run"), *given]))
-    changed = {name for name, old in config.flatten(before).items() if after[name] != old}
+    after = options.flatten(options.parse(["--resume_from", str(tmp_path / "run"), *given]))
+    changed = {name for name, old in options.flatten(before).items() if after[name] != old}
     assert changed == {flag, "resume_from", "run_dir"}
     assert after[flag] == value
 
 
 def test_resumed_run_takes_epochs_in_place_of_steps(tmp_path):
     save_run(tmp_path / "run")
-    settings = config.parse(["--resume_from", str(tmp_path / "run"), "--epochs", "3"])
+    settings = options.parse(["--resume_from", str(tmp_path / "run"), "--epochs", "3"])
     assert (settings.steps, settings.epochs) == (0, 3)
 
 
@@ -330,30 +330,30 @@ def test_same_command_with_auto_goes_on_whatever_flags_it_has(tmp_path):
         *("--optim.milestones", "0.3", "0.5", "--optim.betas", "0.8", "0.9", "--data.cameras", "table", "gripper"),
         *("--log.trackers", "--model.head", "regression", "--model.gripper_dims", "2", "--deterministic"),
     ]
-    fresh = config.parse(arguments)
-    assert config.resume_folder(fresh) is None
+    fresh = options.parse(arguments)
+    assert options.resume_folder(fresh) is None
     (tmp_path / "run/checkpoints/step_00000001").mkdir(parents=True)
-    config.save(fresh, tmp_path / "run/config.json")
-    assert config.parse(arguments) == fresh
+    options.save(fresh, tmp_path / "run/config.json")
+    assert options.parse(arguments) == fresh
 
 
 @pytest.mark.parametrize("path", ["run", "run/best", "run/checkpoints", "run/checkpoints/step_00000005", "run/"])
 def test_every_way_to_name_a_run_finds_it(path, tmp_path):
     save_run(tmp_path / "run")
-    settings = config.parse(["--resume_from", str(tmp_path / path)])
+    settings = options.parse(["--resume_from", str(tmp_path / path)])
     assert settings.run_dir == str(tmp_path / "run")
 
 
 def test_flags_parse_with_hyphens_and_underscores(tmp_path):
     save_run(tmp_path / "run")
     for flag in ("--resume_from", "--resume-from"):
-        assert config.parse([flag, str(tmp_path / "run")]).resume_from == str(tmp_path / "run")
+        assert options.parse([flag, str(tmp_path / "run")]).resume_from == str(tmp_path / "run")
 
 
 def save_run(run, *arguments):
     run.mkdir()
-    settings = config.parse([*NEW_RUN, *arguments])
-    config.save(settings, run / "config.json")
+    settings = options.parse([*NEW_RUN, *arguments])
+    options.save(settings, run / "config.json")
     return settings
 
 
@@ -374,8 +374,8 @@ def all_different(cls, default):
             values[name] = old + 1
         elif isinstance(old, str):
             values[name] = old + "x"
-        elif name == "module_lrs":
-            values[name] = (("action_head", 0.5),)
+        elif name in ("module_lrs", "unfreeze"):
+            values[name] = (("action_head", 5),)
         else:
             kind = typing.get_args(kinds[name])[0]
             values[name] = typing.get_args(kind) or (kind(7), kind(9))
@@ -384,14 +384,14 @@ def all_different(cls, default):
 
 def test_configuration_comes_back_from_json_as_it_was(tmp_path):
     settings = all_different(config.TrainConfig, config.TrainConfig())
-    default = config.flatten(config.TrainConfig())
-    assert all(value != default[name] for name, value in config.flatten(settings).items())
-    config.save(settings, tmp_path / "config.json")
-    assert config.load(tmp_path / "config.json") == dataclasses.replace(settings, resume_from="")
+    default = options.flatten(config.TrainConfig())
+    assert all(value != default[name] for name, value in options.flatten(settings).items())
+    options.save(settings, tmp_path / "config.json")
+    assert options.load(tmp_path / "config.json") == dataclasses.replace(settings, resume_from="")
 
 
 def test_run_folder_holds_the_whole_configuration(finished):
-    settings = config.load(finished / "config.json")
+    settings = options.load(finished / "config.json")
     stored = json.loads((finished / "config.json").read_text())
     assert stored.keys() == {field.name for field in dataclasses.fields(config.TrainConfig)}
     assert settings.steps == 4
@@ -411,7 +411,7 @@ finally:
     done = command(sys.executable, "-c", program, env={"COLUMNS": "200"})
     assert done.returncode == 0
     assert done.stderr == "heavy: []\n"
-    for name in config.flatten(config.TrainConfig()):
+    for name in options.flatten(config.TrainConfig()):
         assert f"--{name}" in done.stdout.replace("-", "_").replace("__", "--"), name
 
 

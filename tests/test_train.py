@@ -26,11 +26,11 @@ from training import (
 )
 
 from vla import evaluate, log, optim
-from vla.config import load
 from vla.data.lerobot import LeRobotDataset
 from vla.data.mixture import Mixture
 from vla.data.stream import Samples, split
 from vla.model import VLAPolicy
+from vla.options import load
 
 TERMS = {
     "flow": (["--model.head", "flow"], {"flow"}),

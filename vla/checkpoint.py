@@ -211,7 +211,7 @@ def load(
         _load_rows(policy, optimizer, path, weights)
         load_accelerator_state(str(path), [], [], [], [], accelerator.process_index, map_location="cpu")  # generators
     else:
-        accelerator.load_state(str(path), map_location="cpu")
+        accelerator.load_state(str(path), map_location="cpu", strict=False)  # what is frozen may not be in it
     accelerator.step = 0  # saves fall between steps; a process new to this run has no file to read its count from
     if ema:
         ema.load(average)
@@ -256,15 +256,17 @@ def restore(
     resume_from: str,
     folder: Path,
     passed_over: Iterable[Path] = (),
+    train_from: Callable[[int], object] = lambda step: None,
 ) -> tuple[dict, Path]:
     """Find, verify, load, on all processes together. Returns the `state` given to `save`, and the checkpoint.
 
-    If loading fails on any process, all load the next older checkpoint, whole. Raises InputError if none is left, and
-    at once for a checkpoint that was named.
+    train_from is told the step of a checkpoint before it is loaded. If loading fails on any process, all load the next
+    older checkpoint, whole. Raises InputError if none is left, and at once for a checkpoint that was named.
     """
     passed_over = set(passed_over)
     while True:
         path, state, problem = find_together(accelerator, resume_from, folder, passed_over), None, ""
+        train_from(int(path.name[-8:]))
         try:
             state = load(accelerator, policy, optimizer, ema, path)
         except Exception as failure:  # by every kind of damage another one; all processes must hear of it
@@ -279,16 +281,17 @@ def restore(
         passed_over.add(path)
 
 
-def check_data(folder: Path, digests: list[str]) -> None:
-    """Raises InputError if the run's checkpoints were made with other data sets than those of these digests."""
+def check_origin(folder: Path, what: str, digests: list[str]) -> None:
+    """Raises InputError if the run's checkpoints were made with other data or base, of other digests, than these."""
+    name = {"data": "the data of --data.path", "base": "the frozen weights of --model.backbone"}[what]
     for path in reversed(all_steps(folder).values()):
         try:
-            recorded = read_state(path)["data"]
+            recorded = read_state(path)[what]
         except (InputError, KeyError):  # a damaged one; `find` says so
             continue
         if recorded != digests:
             raise InputError(
-                f"the data of --data.path are not those that {path} was trained on, so the run cannot go on exactly: "
+                f"{name} are not those that {path} was trained on, so the run cannot go on exactly: "
                 "bring them back as they were, or start a new run with --init_from"
             )
         return

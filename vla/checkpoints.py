@@ -18,7 +18,8 @@ import tyro
 from tqdm import tqdm
 
 from vla import InputError, checkpoint, export
-from vla.config import CheckpointConfig, load, run_folder
+from vla.config import CheckpointConfig
+from vla.options import load, run_folder
 
 
 def look(folder: Path, hashes: bool) -> tuple[dict[Path, dict], dict[Path, str], Path | None]:

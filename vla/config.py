@@ -1,20 +1,9 @@
-"""Everything that a training run can be told, as typed dataclasses: a field is a flag, the comment above it its help.
+"""Everything that a training run can be told: a field of these dataclasses is a flag, the comment above it its help."""
 
-Nothing here imports torch, so that `--help` and a wrong flag answer at once.
-"""
-
-import dataclasses
-import json
-import math
-import typing
 from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
 from typing import Literal
 
-from vla import InputError
-
-MODULES = ("vision_encoder", "language_model", "action_head")
+MODULES = ("vision_encoder", "language_model", "action_head")  # of every policy; a composed one has a projector too
 
 
 @dataclass(frozen=True)
@@ -86,7 +75,7 @@ class LossConfig:
     flow: float = 1.0
     # Token head: cross-entropy of the binned actions.
     ce: float = 1.0
-    # Any head: cross-entropy of the instruction's next byte, given the images.
+    # Any head: cross-entropy of the instruction's next token, given the images.
     lm: float = 0.0
 
 
@@ -98,21 +87,40 @@ class ModelConfig:
     chunk_size: int = 16
     # Actions of a chunk that are executed before the policy looks again.
     n_action_steps: int = 8
-    # Width of the tokens (D).
+    # Pretrained image-text model in place of the built-in backbone: SmolVLM, Idefics3, PaliGemma, Qwen2.5-VL or
+    # Qwen3-VL, a folder or owner/name on the Hugging Face hub.
+    backbone: str = ""
+    # Or one composed of two, joined by a projector: this image encoder (SigLIP, SigLIP 2, DINOv2, DINOv3, …)
+    vision_backbone: str = ""
+    # … and this causal language model.
+    language_backbone: str = ""
+    # Give the pretrained parts random weights, for tests and benchmarks.
+    random_backbone: bool = False
+    # Run the code that comes with a pretrained model.
+    trust_remote_code: bool = False
+    # How pretrained parts compute attention.
+    attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
+    # What frozen weights of a pretrained backbone are kept in.
+    frozen_dtype: Literal["float32", "bfloat16"] = "float32"
+    # Compute the activations of transformer layers again in the backward pass, in place of keeping them.
+    gradient_checkpointing: bool = False
+    # Width of the tokens (D); of the action head alone, if the backbone is pretrained.
     width: int = 256
-    # Residual convolution blocks at each scale of the image encoder.
+    # Residual convolution blocks at each scale of the built-in image encoder.
     vision_blocks: int = 1
-    # Pixels per image token and direction: a power of two.
+    # Pixels per image token and direction of the built-in image encoder: a power of two.
     vision_stride: int = 16
-    # Transformer layers over image and instruction tokens.
-    language_layers: int = 4
+    # Transformer layers over image and instruction tokens; of a pretrained model the first ones (0: all, built in: 4).
+    language_layers: int = 0
+    # Layer whose output the action head attends to (0: the last); those above it learn from loss.lm alone.
+    hidden_layer: int = 0
     # Transformer layers of the action head.
     head_layers: int = 4
     # Attention heads in every transformer layer.
     attention_heads: int = 8
     # Width of the hidden layer of every transformer layer, in multiples of the width.
     mlp_ratio: int = 4
-    # Bytes of the longest instruction and a beginning mark; longer ones are refused. A multiple of 4.
+    # Tokens that every instruction is padded to; longer ones are refused. Built in: its bytes and one; a multiple of 4.
     max_tokens: int = 64
     # Scale of states and actions.
     normalization: Literal["mean_std", "min_max", "quantile"] = "quantile"
@@ -124,16 +132,35 @@ class ModelConfig:
     bins: int = 256
     # Share of probability spread over all bins (token head).
     label_smoothing: float = 0.0
-    # Parts that are not trained: vision_encoder, language_model, action_head.
+    # Parts that are not trained: vision_encoder, projector, language_model, action_head, or parts of them by their
+    # names, such as language_model.model.embed_tokens.
     freeze: tuple[str, ...] = ()
+    # Steps from which on frozen parts are trained after all, as name and step: language_model 2000.
+    unfreeze: tuple[tuple[str, int], ...] = ()
     loss: LossConfig = field(default_factory=LossConfig)
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (Hu et al., 2021) on frozen linear maps, through peft."""
+
+    # Rank of the adapters (0: none).
+    rank: int = 0
+    # Adapters are scaled by alpha / rank.
+    alpha: float = 16.0
+    # Share of an adapter's inputs that are dropped in training.
+    dropout: float = 0.0
+    # Modules that get adapters, and whose own weights are frozen.
+    modules: tuple[str, ...] = ("language_model",)
+    # Linear maps in them, by the ends of their names, such as q_proj v_proj (by default all in the repeated blocks).
+    targets: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     # Peak learning rate.
     lr: float = 3e-4
-    # Learning rates of single modules, as name and rate: vision_encoder 1e-4 action_head 5e-4.
+    # Learning rates of modules, or parts of them, as name and rate: vision_encoder 1e-4 action_head 5e-4.
     module_lrs: tuple[tuple[str, float], ...] = ()
     # Shape of the learning rate over the run, after the warm-up.
     schedule: Literal["constant", "linear", "cosine", "step", "wsd"] = "cosine"
@@ -233,243 +260,9 @@ class TrainConfig:
     micro_batch_size: int = 0
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     log: LogConfig = field(default_factory=LogConfig)
-
-
-# What may change when a run goes on. The rest makes the training what it is.
-MAY_CHANGE = (
-    "resume_from",
-    "deterministic",
-    "compile",
-    "steps",
-    "epochs",
-    "micro_batch_size",
-    "data.workers",
-    "data.path",  # to where the same data lie now: see the digest in trainer_state.json
-    "data.cache",
-    "eval.",
-    "checkpoint.",
-    "guard.",
-    "log.",
-)
-
-
-def parse(arguments: list[str]) -> TrainConfig:
-    """The validated configuration of a new run, or of the run to resume with what may change taken from the flags.
-
-    Raises InputError for a wrong value, and for a flag that disagrees with the run it resumes.
-    """
-    import tyro
-
-    read = partial(tyro.cli, TrainConfig, args=arguments, prog="train.py")
-    config = read()
-    run_dir = resume_folder(config)
-    if run_dir is not None:
-        saved = load(run_dir / "config.json")
-        config = read(default=saved)
-        if config.steps != saved.steps:  # whichever of the two is given now replaces the other
-            config = dataclasses.replace(config, epochs=0.0)
-        elif config.epochs != saved.epochs:
-            config = dataclasses.replace(config, steps=0)
-        before, after = flatten(saved), flatten(config)
-        changed = [name for name in after if after[name] != before[name] and not name.startswith(MAY_CHANGE)]
-        if "run_dir" in changed and Path(config.run_dir).resolve() == run_dir.resolve():
-            changed.remove("run_dir")
-        if changed:
-            raise InputError(
-                f"--resume_from {config.resume_from} goes on with the run's own settings; these flags disagree: "
-                + "; ".join(f"--{name} {after[name]} (the run has {before[name]})" for name in changed)
-                + ". Leave them out, or start a new run with --init_from"
-            )
-        config = dataclasses.replace(config, run_dir=str(run_dir))
-    if not config.steps and not config.epochs:
-        config = dataclasses.replace(config, epochs=20.0)
-    validate(config)
-    return config
-
-
-def from_dict(cls, data: dict, where: str):
-    """The dataclass `cls` from what JSON made of it, with those inside it and in its tuples.
-
-    Raises InputError for a key that it does not have.
-    """
-    if not isinstance(data, dict):
-        raise InputError(f"{where} has {data!r} in place of the entries of a {cls.__name__}; restore it")
-    kinds = typing.get_type_hints(cls)
-    if unknown := sorted(set(data) - set(kinds)):
-        raise InputError(
-            f"{where} has unknown entries {', '.join(unknown)}; it was written by another version of this project"
-        )
-    required = {f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING}
-    if missing := sorted(required - set(data)):
-        raise InputError(f"{where} lacks {', '.join(missing)}; write it again with this version of the project")
-    values = {}
-    for name, value in data.items():
-        (item, *_) = typing.get_args(kinds[name]) or (None,)
-        if dataclasses.is_dataclass(kinds[name]):
-            value = from_dict(kinds[name], value, where)
-        elif dataclasses.is_dataclass(item):
-            if not isinstance(value, list):
-                raise InputError(f"{where} has {name} {value!r}, expected a list; restore it")
-            value = [from_dict(item, each, where) for each in value]
-        values[name] = _tuples(value)
-    return cls(**values)
-
-
-def _tuples(value):
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
-
-
-def flatten(config, prefix: str = "") -> dict[str, object]:
-    """Every field by its flag's name, such as {"data.path": …}."""
-    flat: dict[str, object] = {}
-    for name in (f.name for f in dataclasses.fields(config)):
-        value = getattr(config, name)
-        flat.update(flatten(value, f"{prefix}{name}.") if dataclasses.is_dataclass(value) else {prefix + name: value})
-    return flat
-
-
-def load(path: Path) -> TrainConfig:
-    """The TrainConfig that `save` wrote. Raises InputError where there is none or it is not of this version."""
-    if not path.is_file():
-        raise InputError(f"{path} is missing, so {path.parent} is no run folder; expected one that train.py made")
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as failure:
-        raise InputError(f"{path} is not JSON ({failure}); restore it, or start a new run") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds {type(content).__name__}, expected a run's settings; restore it")
-    return from_dict(TrainConfig, content, str(path))
-
-
-def save(config: TrainConfig, path: Path) -> None:
-    """Write the configuration as JSON. What belongs to one start only (resume_from) is left out."""
-    content = dataclasses.asdict(dataclasses.replace(config, resume_from=""))
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    temporary.replace(path)
-
-
-def resume_folder(config: TrainConfig) -> Path | None:
-    """The run folder that --resume_from means; None for a new run."""
-    if not config.resume_from:
-        return None
-    if config.resume_from == "auto":
-        if not config.run_dir:
-            raise InputError("--resume_from auto needs --run_dir, the run to go on with or to begin")
-        folder = Path(config.run_dir, "checkpoints")
-        started = any(folder.glob("step_*")) or any(folder.glob(".replaced_*"))  # see vla/checkpoint.py
-        return Path(config.run_dir) if started else None
-    return run_folder(Path(config.resume_from))
-
-
-def run_folder(path: Path) -> Path:
-    """The run to which a path belongs: itself, RUN/best, RUN/checkpoints or one checkpoint of it."""
-    if path.name == "best" or path.name.startswith("step_"):
-        path = path.parent
-    return path.parent if path.name == "checkpoints" else path
-
-
-def accumulation(config: TrainConfig, world_size: int) -> tuple[int, int]:
-    """Micro-batch size and micro-batches per step of each process.
-
-    Raises InputError, with sizes that fit, unless global_batch_size = micro_batch_size × processes × a whole number.
-    """
-    total, micro = config.global_batch_size, config.micro_batch_size
-    if total % world_size:
-        fitting = max(total // world_size, 1) * world_size
-        processes = [size for size in range(1, 2 * world_size + 1) if total % size == 0]
-        raise InputError(
-            f"--global_batch_size {total} cannot be split over {world_size} processes; "
-            f"{fitting} or {fitting + world_size} can; or launch {' or '.join(map(str, processes))} of them"
-        )
-    share = total // world_size
-    if micro and share % micro:
-        fitting = [size for size in range(1, share + 1) if share % size == 0]
-        raise InputError(
-            f"--micro_batch_size {micro} does not divide {share}, each of {world_size} processes' share of "
-            f"--global_batch_size {total}; one of {', '.join(map(str, fitting))} does"
-        )
-    return micro or share, share // (micro or share)
-
-
-def within(name: str, value: float, low: float, high: float | None) -> None:
-    """Raises InputError, naming the flag, for a value out of bounds or not finite. high: None for no bound."""
-    if not (math.isfinite(value) and low <= value and (high is None or value <= high)):
-        limit = f"at least {low}" + (f" and at most {high}" if high is not None else "")
-        raise InputError(f"--{name} is {value}; expected {limit}")
-
-
-def validate(config: TrainConfig) -> None:
-    """Raises InputError for the first value that cannot work, naming flag and cure."""
-    model, optim = config.model, config.optim
-    for name, path in (("run_dir", config.run_dir), ("data.path", config.data.path)):
-        if not path:
-            raise InputError(f"--{name} is missing; give a folder")
-    if len(config.data.image_size) not in (0, 2) or any(size < 1 for size in config.data.image_size):
-        found = " ".join(map(str, config.data.image_size))
-        raise InputError(f"--data.image_size is {found}; expected height and width in pixels, such as 224 224")
-    if config.steps and config.epochs:
-        raise InputError(f"found --steps {config.steps} and --epochs {config.epochs}; give one of them")
-    for flag, names in (("model.freeze", model.freeze), ("optim.module_lrs", dict(optim.module_lrs))):
-        if unknown := sorted(set(names) - set(MODULES)):
-            raise InputError(f"--{flag} names {', '.join(unknown)}; the modules are {', '.join(MODULES)}")
-    if set(model.freeze) == set(MODULES):
-        raise InputError("--model.freeze names every module, so there is nothing to train; leave one out")
-    if frozen := sorted(set(dict(optim.module_lrs)) & set(model.freeze)):
-        raise InputError(
-            f"--optim.module_lrs gives a rate to {', '.join(frozen)}, which --model.freeze freezes; drop one"
-        )
-    bounds = {
-        "seed": (0, 2**32 - 1),
-        "global_batch_size": (1, None),
-        "micro_batch_size": (0, None),
-        "steps": (0, None),
-        "epochs": (0, None),
-        "data.workers": (0, None),
-        "data.val_fraction": (0, 0.9),
-        "data.tolerance_s": (0, None),
-        "data.augment.shift": (0, 0.5),
-        "data.augment.crop": (0, 0.5),
-        "data.augment.rotate": (0, 180),
-        "data.augment.brightness": (0, 1),
-        "data.augment.contrast": (0, 1),
-        "data.augment.saturation": (0, 1),
-        "data.augment.hue": (0, 0.5),
-        "optim.lr": (0, None),
-        "optim.warmup_steps": (0, None),
-        "optim.decay_share": (0, 1),
-        "optim.final_ratio": (0, 1),
-        "optim.weight_decay": (0, None),
-        "optim.clip": (0, None),
-        "optim.ema": (0, 0.999999),
-        "eval.every": (0, None),
-        "eval.samples": (1, None),
-        "eval.patience": (0, None),
-        "eval.episodes": (1, None),
-        "checkpoint.every": (1, None),
-        "checkpoint.keep": (1, None),
-        "checkpoint.keep_every": (0, None),
-        "guard.bad_steps": (1, None),
-        "guard.rollbacks": (0, None),
-        "guard.spike_factor": (0, None),
-        "guard.hang_seconds": (0, None),
-        "log.every": (1, None),
-    }
-    values = flatten(config)
-    checks = [(name, values[name], bounds[name]) for name in bounds]
-    checks += [("optim.module_lrs", rate, (0, None)) for _, rate in optim.module_lrs]
-    checks += [("optim.betas", beta, (0, 0.999999)) for beta in optim.betas]
-    for name, value, bound in checks:
-        within(name, value, *bound)
-    if config.eval.metric == "success" and not config.eval.env:
-        raise InputError("--eval.metric success needs an environment to act in; give --eval.env, such as tabletop")
-    if config.data.val_fraction == 0 and config.eval.metric != "success":
-        raise InputError(
-            f"--data.val_fraction 0 leaves no episodes for --eval.metric {config.eval.metric}; "
-            "give a fraction, or --eval.env and --eval.metric success"
-        )

@@ -2,6 +2,7 @@
 
 python -m vla.export runs/demo                          the best checkpoint again to runs/demo/export
 python -m vla.export runs/demo/checkpoints/step_00001000 --out somewhere
+python -m vla.export runs/lora --merge                  adapters added to the weights under them, to runs/lora/merged
 """
 
 import json
@@ -16,8 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vla import InputError, checkpoint
-from vla.config import run_folder
 from vla.model.policy import VLAPolicy
+from vla.options import run_folder
 from vla.shards import Rows, files
 
 # What wrappers put before the names of weights: DDP, torch.compile, and trainers that keep the policy as an
@@ -25,23 +26,28 @@ from vla.shards import Rows, files
 WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.|model\.|policy\.)+")
 
 
-def export(source: Path, out: Path, summary: str) -> None:
-    """Write config.json, model.safetensors (the averaged weights, if the checkpoint has any) and a model card to
-    `out`.
+def export(source: Path, out: Path, summary: str, merge: bool = False) -> None:
+    """Write config.json, model.safetensors (the averaged weights, if the checkpoint has any), a model card and, with a
+    pretrained backbone, its tokenizer and configuration to `out`.
 
-    source: a verified checkpoint. summary: a sentence for the card. The folder is replaced whole.
+    source: a verified checkpoint. summary: a sentence for the card. The folder is replaced whole. It needs nothing else
+    but for adapters: these need the weights under them where --model.backbone found them, or `merge`.
     """
     policy = VLAPolicy.from_pretrained(source)
     if files(source, "ema"):
-        average, own = Rows.of(source, "ema"), policy.own_state()
+        average, own = Rows.of(source, "ema"), policy.state_dict()
         for name in average.parts:
             average.read(name, own[name])
+    if merge:
+        policy.merge()
     temporary = out.with_name(f".exporting_{out.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     policy.save_pretrained(temporary)
     (temporary / "README.md").write_text(_card(policy, summary))
-    for path in temporary.iterdir():
-        path.chmod(checkpoint.file_mode(temporary))  # safetensors leaves 0600
+    mode = checkpoint.file_mode(temporary)
+    for path in temporary.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)  # safetensors leaves 0600
     shutil.rmtree(out, ignore_errors=True)
     temporary.rename(out)
 
@@ -106,6 +112,9 @@ def _card(policy: VLAPolicy, summary: str) -> str:
         for spec in config.datasets
         for of in [f" of {spec.name}" if several else ""]
     )
+    backbone = f"| backbone | {policy.backbone.originals} |\n" if policy.backbone else ""
+    if config.lora.rank:
+        backbone += f"| adapters | of rank {config.lora.rank}, on these weights, which have to be there |\n"
     first, *others = [spec.name for spec in config.datasets]
     drive = f'policy.drive("{first}")  # or {", ".join(others)}\n' if several else ""
     return f"""---
@@ -122,7 +131,7 @@ tags: [vision-language-action, robotics]
 | parameters | {count:,} |
 {robots}
 | action head | {model.head} |
-
+{backbone}
 ```python
 from vla.model import VLAPolicy
 
@@ -140,19 +149,24 @@ class ExportConfig:
 
     # A run folder (its best checkpoint), RUN/best, or one checkpoint.
     source: str
-    # Where to (default: RUN/export).
+    # Where to (default: RUN/export, or RUN/merged).
     out: str = ""
+    # Add adapters (--lora.rank) to the weights that they adapt, so that the folder needs nothing else.
+    merge: bool = False
 
 
 def main(config: ExportConfig) -> None:
     path = Path(config.source)
     run_dir = run_folder(path)
     source = checkpoint.find(config.source if path != run_dir else str(path / "best"), run_dir / "checkpoints")
-    out = Path(config.out or run_dir / "export")
-    if out.is_file() or {path.name for path in out.glob("*")} - {"config.json", "model.safetensors", "README.md"}:
+    out = Path(config.out or run_dir / ("merged" if config.merge else "export"))
+    own = {"config.json", "model.safetensors", "README.md", "backbone"}
+    if out.is_file() or {path.name for path in out.glob("*")} - own:
         raise InputError(f"{out} holds other things than an export, which replaces it whole; choose another folder")
+    if config.merge and not json.loads((source / "config.json").read_text())["lora"]["rank"]:
+        raise InputError(f"{source} has no adapters to merge; leave out --merge")
     step = json.loads((source / "trainer_state.json").read_text())["step"]
-    export(source, out, f"Trained for {step} steps.")
+    export(source, out, f"Trained for {step} steps.", config.merge)
     print(f"{source} exported to {out}")
 
 

@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from vla import InputError
 from vla.checkpoint import versions
-from vla.config import TrainConfig, flatten
+from vla.config import TrainConfig
+from vla.options import flatten
 
 
 def tracker(name: str, run_dir: Path, first_step: int):

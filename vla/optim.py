@@ -6,31 +6,40 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from vla.config import MODULES, OptimConfig
+from vla import InputError
+from vla.config import OptimConfig
+from vla.model.lora import submodule
 from vla.shards import Rows, local
 
 
 def parameter_groups(policy: nn.Module, config: OptimConfig) -> list[dict]:
     """Two AdamW groups for each trained module: weights of linear maps and convolutions decay, all else does not.
 
-    Each group carries its `name` and its `peak_lr`.
+    Each group carries its `name` and its `peak_lr`. Of the names in module_lrs that fit a parameter the longest counts.
+    Raises InputError for a name that fits none.
     """
-    decaying = {
-        id(module.weight) for module in policy.modules() if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d)
-    }
-    groups = []
-    for name in MODULES:
-        peak = dict(config.module_lrs).get(name, config.lr)
-        trained = [p for p in getattr(policy, name).parameters() if p.requires_grad]
-        for suffix, decay, parameters in (
-            ("", config.weight_decay, [p for p in trained if id(p) in decaying]),
-            ("/no_decay", 0.0, [p for p in trained if id(p) not in decaying]),
-        ):
-            if parameters:
-                groups.append(
-                    {"name": name + suffix, "params": parameters, "lr": peak, "peak_lr": peak, "weight_decay": decay}
-                )
-    return groups
+    kinds = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+    decaying = {module.weight for module in policy.modules() if isinstance(module, kinds)}
+    rates, groups = dict(config.module_lrs), {}
+    for name in rates:
+        submodule(policy, name, "optim.module_lrs")
+    for path, p in policy.named_parameters():
+        if not p.requires_grad:
+            continue
+        fitting = [name for name in rates if path.startswith(f"{name}.")]
+        name = max(fitting, key=len, default=path.partition(".")[0])
+        peak = rates.get(name, config.lr)
+        for suffix, decay in ("", config.weight_decay), ("/no_decay", 0.0):
+            group = {"name": name + suffix, "params": [], "lr": peak, "peak_lr": peak, "weight_decay": decay}
+            groups.setdefault(name + suffix, group)
+        groups[name if p in decaying else f"{name}/no_decay"]["params"].append(p)
+    if lost := sorted(name for name in rates if not {name, f"{name}/no_decay"} & groups.keys()):
+        raise InputError(
+            f"--optim.module_lrs gives a rate to {', '.join(lost)}, where nothing is trained; leave it out"
+        )
+    if not groups:
+        raise InputError("--model.freeze leaves nothing to train; name less of the policy")
+    return [group for group in groups.values() if group["params"]]
 
 
 def named_parameters(policy: nn.Module) -> dict[str, nn.Parameter]:
@@ -67,9 +76,14 @@ class EMA:
     """
 
     def __init__(self, policy: nn.Module, decay: float):
-        self.decay = decay
+        self.decay, self.average = decay, {}
+        self.follow(policy)
+
+    def follow(self, policy: nn.Module) -> None:
+        """Average what is trained now; what was not until now, from its present weights on."""
         self.live = {name: p for name, p in named_parameters(policy).items() if p.requires_grad}
-        self.average = {name: p.detach().clone() for name, p in self.live.items()}
+        new = {name: p.detach().clone() for name, p in self.live.items() if name not in self.average}
+        self.average = {name: new[name] if name in new else self.average[name] for name in self.live}
 
     @torch.no_grad()
     def update(self, step: int) -> None:

@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from vla import InputError, keyed, sim
 from vla.log import gif
-from vla.model.policy import PolicyConfig, VLAPolicy, check
+from vla.model.policy import VLAPolicy
+from vla.model.spec import PolicyConfig, check
 
 
 @dataclass
@@ -197,10 +198,8 @@ def main(config: RolloutConfig) -> None:
         "n_action_steps": steps,
     }
     if config.baselines:
-        untrained = VLAPolicy(policy.config).to(config.device).eval()
+        untrained = policy.untrained().to(config.device).eval()
         untrained.drive(dataset)
-        for mine, theirs in ((untrained.state_norm, policy.state_norm), (untrained.action_norm, policy.action_norm)):
-            mine.load_state_dict(theirs.state_dict())
         words = [episode.instruction for episode in episodes]
         baselines = {
             "expert": rollout("expert", config.env, seeds),

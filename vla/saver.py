@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
@@ -47,13 +48,12 @@ class Saver:
         accelerator: Accelerator,
         folder: Path,
         policy: VLAPolicy,
-        policy_config: dict,
         optimizer: torch.optim.Optimizer,
         ema: EMA | None,
         config: CheckpointConfig,
         alive: Callable[[], object] = lambda: None,
     ):
-        self.accelerator, self.folder, self.policy, self.policy_config = accelerator, folder, policy, policy_config
+        self.accelerator, self.folder, self.policy = accelerator, folder, policy
         self.optimizer, self.ema, self.config, self.alive = optimizer, ema, config, alive
         self.cuda = accelerator.device.type == "cuda"
         self.failures = 0  # in a row
@@ -103,7 +103,7 @@ class Saver:
             tensors = {kind: own(values, main_process) for kind, values in tensors.items()}
         copies, copied = self._copy(tensors)
         if main_process:
-            copies["random_states"] = random_states
+            copies |= {"random_states": random_states, "config": asdict(self.policy.own_config())}
         write = self._write if main_process else self._write_rows
         self.pending = self.thread.submit(write, copies, copied, state.copy(), time.perf_counter() - began)
 
@@ -186,7 +186,7 @@ class Saver:
                 self._write_tensors(copies, temporary)
                 for rank, random_state in enumerate(copies["random_states"]):
                     torch.save(random_state, temporary / f"random_states_{rank}.pkl")
-                checkpoint.write_json(temporary / "config.json", self.policy_config)
+                checkpoint.write_json(temporary / "config.json", copies["config"])
                 checkpoint.write_json(temporary / "trainer_state.json", state | {"versions": checkpoint.versions()})
             finally:  # only then nobody writes any more
                 others = self._others(10 * (time.perf_counter() - began)) if self.store else {}

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from vla import InputError, keyed
-from vla.config import AugmentConfig, DataConfig, TrainConfig, validate
+from vla.config import AugmentConfig, DataConfig, TrainConfig
 from vla.data.augment import augment
+from vla.options import validate
 
 MANY = 2000
 COLOR = {"brightness": 0.3, "contrast": 0.4, "saturation": 0.5, "hue": 0.2}

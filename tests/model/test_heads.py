@@ -43,7 +43,7 @@ def scale(mode="quantile", dataset=ROBOTS["one robot"][:1]):
 def head(kind, action_dim=A, **model):
     torch.manual_seed(0)
     sizes = {"chunk_size": H, "width": D, "attention_heads": 2, "head_layers": 1, "mlp_ratio": 2, "bins": 8}
-    made = HEADS[kind](ModelConfig(head=kind, **sizes | model), P, action_dim)
+    made = HEADS[kind](ModelConfig(head=kind, **sizes | model), D, P, action_dim)
     nn.init.normal_(made.decoder.out[-1].weight)  # it starts at 0, where the loss depends on nothing else
     return made
 

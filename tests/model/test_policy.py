@@ -36,7 +36,7 @@ from vla.config import MODULES, LossConfig, OptimConfig
 from vla.data.stats import statistics
 from vla.images import resize_with_padding
 from vla.model import VLAPolicy
-from vla.model.policy import check
+from vla.model.spec import check
 from vla.optim import parameter_groups
 
 SUBSETS = [names for count in (1, 2) for names in itertools.combinations(MODULES, count)]  # never all

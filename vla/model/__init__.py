@@ -1,5 +1,6 @@
 """The policy and its parts. Knows nothing of files or data sets."""
 
-from vla.model.policy import DatasetSpec, PolicyConfig, VLAPolicy
+from vla.model.policy import VLAPolicy
+from vla.model.spec import DatasetSpec, PolicyConfig
 
 __all__ = ["DatasetSpec", "PolicyConfig", "VLAPolicy"]

@@ -16,39 +16,23 @@ from vla.config import ModelConfig
 BYTES = 258  # 256 bytes, padding, beginning of sequence
 PAD, BOS = 256, 257
 PATCH, REACH = 4, 6  # bytes of one text token; bytes that its convolution looks back over
-
-
-def tokenize(instructions: list[str], length: int) -> tuple[Tensor, Tensor]:
-    """UTF-8 bytes after a beginning mark. Returns tokens int64 [B, length] and mask bool [B, length], true where
-    there is text.
-
-    Raises InputError for an instruction that does not fit.
-    """
-    tokens = torch.full((len(instructions), length), PAD)
-    for row, text in zip(tokens, instructions, strict=True):
-        ids = [BOS, *text.encode()]
-        if len(ids) > length:
-            raise InputError(
-                f"the instruction '{text}' has {len(ids) - 1} bytes; --model.max_tokens {length} holds {length - 1}: "
-                f"raise it to {-(-len(ids) // PATCH) * PATCH} or more"
-            )
-        row[: len(ids)] = torch.tensor(ids)
-    return tokens, tokens != PAD
+LAYERS = 4  # if --model.language_layers does not say
 
 
 class Attention(nn.Module):
     """Multi-head attention of queries over a context, with the query and key normalized (Henry et al., 2020)."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, context_width: int):
         super().__init__()
         self.heads = heads
-        self.query, self.key_value = nn.Linear(width, width, bias=False), nn.Linear(width, 2 * width, bias=False)
+        self.query = nn.Linear(width, width, bias=False)
+        self.key_value = nn.Linear(context_width, 2 * width, bias=False)
         self.query_norm = nn.LayerNorm(width // heads)
         self.key_norm = nn.LayerNorm(width // heads, bias=False)  # the softmax would cancel a bias: it could not learn
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
-        """x: [B, Q, D], context: [B, S, D], mask: bool, broadcast to [B, heads, Q, S], true where to look."""
+        """x: [B, Q, D], context: [B, S, its width], mask: bool, broadcast to [B, heads, Q, S], true where to look."""
         q = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, heads, Q, D / heads]
         k, v = (
             self.key_value(context).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
@@ -58,14 +42,14 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block; with `cross` it first attends to a context of its own."""
+    """A pre-norm transformer block; with a context_width it first attends to a context of that width."""
 
-    def __init__(self, config: ModelConfig, cross: bool = False):
+    def __init__(self, config: ModelConfig, context_width: int = 0):
         super().__init__()
         width, heads, wide = config.width, config.attention_heads, config.mlp_ratio * config.width
-        self.norm, self.attention = nn.LayerNorm(width), Attention(width, heads)
-        if cross:
-            self.cross_norm, self.cross_attention = nn.LayerNorm(width), Attention(width, heads)
+        self.norm, self.attention = nn.LayerNorm(width), Attention(width, heads, width)
+        if context_width:
+            self.cross_norm, self.cross_attention = nn.LayerNorm(width), Attention(width, heads, context_width)
         self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, wide), nn.GELU(), nn.Linear(wide, width))
 
     def forward(
@@ -129,8 +113,9 @@ class VisionEncoder(nn.Module):
         self.camera = nn.Parameter(torch.randn(cameras, 1, width) * 0.5)
 
     def forward(self, images: Tensor) -> Tensor:
-        """images: float [B, N, 3, h, w] in [-1, 1] -> [B, I, D] with I = N · (h / stride) · (w / stride)."""
-        features = self.convolutions(images.flatten(0, 1)).flatten(2).transpose(1, 2)  # [B·N, I / N, D]
+        """images: uint8 [B, N, 3, h, w] -> [B, I, D] with I = N · (h / stride) · (w / stride)."""
+        pixels = images.flatten(0, 1).float() / 127.5 - 1
+        features = self.convolutions(pixels).flatten(2).transpose(1, 2)  # [B·N, I / N, D]
         features = features.unflatten(0, images.shape[:2]) + self.place(self.places) + self.camera  # [B, N, I / N, D]
         return features.flatten(1, 2)
 
@@ -150,48 +135,67 @@ class LanguageModel(nn.Module):
         self.embedding = nn.Embedding(BYTES, 32)
         self.letters = nn.Conv1d(32, width, kernel_size=REACH)
         self.position = nn.Parameter(torch.randn(config.max_tokens // PATCH, width) * 0.5)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.language_layers))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.language_layers or LAYERS))
         self.norm = nn.LayerNorm(width)
-        self.next_bytes = (
-            nn.Linear(width, PATCH * BYTES) if config.loss.lm else None
-        )  # exists only if the loss asks for it
+        # It exists only if the loss asks for it.
+        self.next_bytes = nn.Linear(width, PATCH * BYTES) if config.loss.lm else None
+        self.width, self.hidden_layer, self.max_tokens = width, config.hidden_layer, config.max_tokens
+        if self.hidden_layer >= len(self.blocks):
+            raise InputError(
+                f"--model.hidden_layer is {self.hidden_layer}; expected less than the {len(self.blocks)} layers"
+            )
+
+    def tokenize(self, instructions: list[str]) -> tuple[Tensor, Tensor]:
+        """UTF-8 bytes after a beginning mark: int64 [B, T] and mask bool [B, T], true where there is text.
+
+        Raises InputError for an instruction that does not fit.
+        """
+        length = self.max_tokens
+        tokens = torch.full((len(instructions), length), PAD)
+        for row, text in zip(tokens, instructions, strict=True):
+            ids = [BOS, *text.encode()]
+            if len(ids) > length:
+                raise InputError(
+                    f"the instruction '{text}' has {len(ids) - 1} bytes; --model.max_tokens {length} holds "
+                    f"{length - 1}: raise it to {-(-len(ids) // PATCH) * PATCH} or more"
+                )
+            row[: len(ids)] = torch.tensor(ids)
+        return tokens, tokens != PAD
 
     def forward(
-        self, image_tokens: Tensor, image_mask: Tensor, tokens: Tensor, token_mask: Tensor, causal: bool = False
-    ) -> tuple[Tensor, Tensor]:
+        self, image_tokens: Tensor, image_mask: Tensor, tokens: Tensor, token_mask: Tensor, lm: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """[B, I, D], bool [B, N], int64 [B, T], bool [B, T] -> hidden states [B, S, D] and their mask bool [B, S], S =
-        I + T / PATCH.
+        I + T / PATCH; and with `lm` the loss of the instruction [B].
 
-        Nobody sees the image tokens of a camera whose image_mask is false. With `causal`, images see images, and text
-        sees images and the text before it.
+        Nobody sees the image tokens of a camera whose image_mask is false.
         """
         letters = self.letters(F.pad(self.embedding(tokens).transpose(1, 2), (REACH - 1, 0)))  # [B, D, T]
         text = F.max_pool1d(F.gelu(letters), PATCH).transpose(1, 2) + self.position  # [B, T / PATCH, D]
         x = torch.cat([image_tokens, text], dim=1)  # [B, S, D]
-        images, total = image_tokens.shape[1], x.shape[1]
+        images = image_tokens.shape[1]
         text_mask = token_mask[:, ::PATCH]  # a patch counts if its first byte is text
         image_mask = image_mask.repeat_interleave(images // image_mask.shape[1], dim=1)  # [B, I]
         mask = torch.cat([image_mask, text_mask], dim=1)  # [B, S]
-        attend = mask[:, None, None, :]  # [B, 1, 1, S]
-        if causal:
-            visible = mask.new_ones(total, total).tril()
-            visible[:images, :images] = True
-            attend = attend & visible  # [B, 1, S, S]
-        for block in self.blocks:
-            x = block(x, attend)
-        return self.norm(x), mask
+        hidden = self._transform(x, mask[:, None, None, :], self.hidden_layer or len(self.blocks))
+        return hidden, mask, self._loss(x, mask, images, tokens, token_mask) if lm else None
 
-    def loss(self, image_tokens: Tensor, image_mask: Tensor, tokens: Tensor, token_mask: Tensor) -> Tensor:
+    def _transform(self, x: Tensor, attend: Tensor, layers: int) -> Tensor:
+        for block in self.blocks[:layers]:
+            x = block(x, attend)
+        return self.norm(x)
+
+    def _loss(self, x: Tensor, mask: Tensor, images: int, tokens: Tensor, token_mask: Tensor) -> Tensor:
         """Cross-entropy of the instruction given the images, byte by byte, meaned over each sample's own bytes. ->
         [B].
 
-        It needs a pass of its own, in which no token sees what it predicts.
+        It needs a pass of its own, in which no token sees what it predicts: images see images, and text sees images
+        and the text before it.
         """
-        hidden, _ = self(image_tokens, image_mask, tokens, token_mask, causal=True)
-        patches = tokens.shape[1] // PATCH
-        logits = (
-            self.next_bytes(hidden[:, -patches:-1]).unflatten(-1, (PATCH, BYTES)).flatten(1, 2)
-        )  # [B, T - PATCH, BYTES]
+        visible = mask.new_ones(mask.shape[1], mask.shape[1]).tril()
+        visible[:images, :images] = True
+        hidden = self._transform(x, mask[:, None, None, :] & visible, len(self.blocks))[:, images:-1]
+        logits = self.next_bytes(hidden).unflatten(-1, (PATCH, BYTES)).flatten(1, 2)  # [B, T - PATCH, BYTES]
         error = F.cross_entropy(logits.float().transpose(1, 2), tokens[:, PATCH:], reduction="none")  # [B, T - PATCH]
         valid = token_mask[:, PATCH:].float()
         return (error * valid).sum(1) / valid.sum(1).clamp(min=1)

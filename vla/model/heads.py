@@ -25,26 +25,26 @@ def sample_mean(error: Tensor, valid: Tensor) -> Tensor:
 class Decoder(nn.Module):
     """A transformer over [state | H action slots] whose every layer attends to the backbone's hidden states."""
 
-    def __init__(self, config: ModelConfig, state_dim: int, out_dim: int):
+    def __init__(self, config: ModelConfig, context_width: int, state_dim: int, out_dim: int):
         super().__init__()
         width = config.width
         self.state = nn.Linear(state_dim, width)
         self.slot = nn.Parameter(torch.randn(config.chunk_size, width) * 0.5)
-        self.context_norm = nn.LayerNorm(width)
-        self.blocks = nn.ModuleList(Block(config, cross=True) for _ in range(config.head_layers))
+        self.context_norm = nn.LayerNorm(context_width)
+        self.blocks = nn.ModuleList(Block(config, context_width) for _ in range(config.head_layers))
         self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, out_dim))
         nn.init.zeros_(self.out[-1].weight)  # start from the mean action
 
     def forward(
         self, hidden: Tensor, mask: Tensor, state: Tensor, slots: Tensor | None = None, visible: Tensor | None = None
     ) -> Tensor:
-        """hidden [B, S, D], mask bool [B, S], state [B, P] -> [B, H, out].
+        """hidden [B, S, its width], mask bool [B, S], state [B, P] -> [B, H, out].
 
         slots: what the action slots carry [B, H, D]; visible: bool [B, H], the slots that others may look at.
         """
         x = self.slot.expand(len(state), -1, -1) if slots is None else self.slot + slots
         x = torch.cat([self.state(state)[:, None], x], dim=1)  # [B, 1 + H, D]
-        context, attend = self.context_norm(hidden), None
+        context, attend = self.context_norm(hidden.to(self.context_norm.weight.dtype)), None
         if visible is not None:
             attend = F.pad(visible, (1, 0), value=True)[:, None, None, :]  # [B, 1, 1, 1 + H], the state always
         for block in self.blocks:
@@ -55,11 +55,11 @@ class Decoder(nn.Module):
 class RegressionHead(nn.Module):
     """Actions directly, by L1 or squared error; two-valued dimensions by binary cross-entropy."""
 
-    def __init__(self, config: ModelConfig, state_dim: int, action_dim: int):
+    def __init__(self, config: ModelConfig, context_width: int, state_dim: int, action_dim: int):
         super().__init__()
         self.weights, self.gripper_dims = config.loss, list(config.gripper_dims)
         self.smooth_dims = [d for d in range(action_dim) if d not in config.gripper_dims]
-        self.decoder = Decoder(config, state_dim, action_dim)
+        self.decoder = Decoder(config, context_width, state_dim, action_dim)
 
     def loss(self, hidden, mask, state, actions: Tensor, valid: Tensor, key: Tensor, scale: Scale) -> dict[str, Tensor]:
         """actions: normalized [B, H, A], valid: bool [B, H, A] -> each term per sample [B]."""
@@ -89,12 +89,12 @@ class RegressionHead(nn.Module):
 class FlowHead(nn.Module):
     """Flow matching (Lipman et al., 2023) on straight paths from noise at t = 1 to actions at t = 0 (π0, 2024)."""
 
-    def __init__(self, config: ModelConfig, state_dim: int, action_dim: int):
+    def __init__(self, config: ModelConfig, context_width: int, state_dim: int, action_dim: int):
         super().__init__()
         self.steps, self.chunk = config.flow_steps, (config.chunk_size, action_dim)
         self.action = nn.Linear(action_dim, config.width)
         self.time = nn.Sequential(nn.Linear(64, config.width), nn.SiLU(), nn.Linear(config.width, config.width))
-        self.decoder = Decoder(config, state_dim, action_dim)
+        self.decoder = Decoder(config, context_width, state_dim, action_dim)
         periods = 4e-3 * 1000 ** torch.linspace(0, 1, 32)  # of sines, from 0.004 to 4
         self.register_buffer("frequencies", 2 * torch.pi / periods, persistent=False)
 
@@ -126,10 +126,10 @@ class FlowHead(nn.Module):
 class TokenHead(nn.Module):
     """Each dimension of each action classified into bins between its smallest and largest value, all at once."""
 
-    def __init__(self, config: ModelConfig, state_dim: int, action_dim: int):
+    def __init__(self, config: ModelConfig, context_width: int, state_dim: int, action_dim: int):
         super().__init__()
         self.bins, self.smoothing, self.action_dim = config.bins, config.label_smoothing, action_dim
-        self.decoder = Decoder(config, state_dim, action_dim * config.bins)
+        self.decoder = Decoder(config, context_width, state_dim, action_dim * config.bins)
 
     def loss(self, hidden, mask, state, actions: Tensor, valid: Tensor, key: Tensor, scale: Scale) -> dict[str, Tensor]:
         logits = self.decoder(hidden, mask, state).unflatten(-1, (self.action_dim, self.bins))  # [B, H, A, K]

@@ -5,67 +5,35 @@ tokens, D width.
 """
 
 import dataclasses
-import math
+import json
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub import PyTorchModelHubMixin, snapshot_download
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vla import InputError, keyed
-from vla.config import MODULES, LossConfig, ModelConfig, from_dict, within
+from vla.config import LoraConfig
 from vla.images import resize_with_padding
-from vla.model.backbone import PATCH, LanguageModel, VisionEncoder, tokenize
+from vla.model import backbone, pretrained
 from vla.model.heads import HEADS
+from vla.model.lora import add_adapters, merge_adapters, submodule
 from vla.model.normalize import Normalizer
+from vla.model.spec import DatasetSpec, PolicyConfig, check
+from vla.options import from_dict, run_folder
 from vla.shards import Rows
 
 
-@dataclass(frozen=True)
-class DatasetSpec:
-    """What the robot of one data set gives and takes."""
-
-    name: str
-    cameras: tuple[str, ...]  # those of the policy's cameras that it has, in the policy's order
-    state_names: tuple[str, ...]
-    action_names: tuple[str, ...]
-    fps: float  # actions per second
-
-
-@dataclass(frozen=True)
-class PolicyConfig:
-    """All that rebuilds a policy: its architecture, and the robots that it learns from. Stored as config.json."""
-
-    model: ModelConfig
-    cameras: tuple[str, ...]  # of all data sets
-    image_size: tuple[int, int]  # height, width in pixels
-    datasets: tuple[DatasetSpec, ...]
-
-    @property
-    def state_dim(self) -> int:
-        """P: the most that any data set has."""
-        return max(len(spec.state_names) for spec in self.datasets)
-
-    @property
-    def action_dim(self) -> int:
-        """A: the most that any data set has."""
-        return max(len(spec.action_names) for spec in self.datasets)
-
-    def place(self, name: str) -> int:
-        """Of a data set among all. Raises InputError for one that the policy was not trained on."""
-        names = [spec.name for spec in self.datasets]
-        if name not in names:
-            raise InputError(f"data set '{name}' is unknown to the policy, which was trained on {', '.join(names)}")
-        return names.index(name)
-
-
 class VLAPolicy(nn.Module, PyTorchModelHubMixin):
-    """A vision-language-action policy with three parts: vision_encoder, language_model, action_head.
+    """A vision-language-action policy with three parts: vision_encoder, language_model, action_head; and between the
+    first two a projector, if they are of two pretrained models.
 
     The prefix (images, instruction) is embedded once; state, noise and flow time enter in the action head alone, so
     sampling runs the head alone again, and frozen parts run without autograd with exactly the same result.
@@ -77,19 +45,121 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
     Raises InputError for a configuration that cannot be built, naming the flag.
     """
 
-    def __init__(self, config):  # a PolicyConfig; without the annotation the mixin leaves reading config.json to us
+    # PolicyConfig, Path | None, bool; without annotations the mixin leaves reading config.json to us.
+    def __init__(self, config, saved=None, weights=True):
+        """saved: a folder of `save_backbone`, read in place of the pretrained originals. weights: load theirs; else
+        they are left as the memory was."""
         super().__init__()
         check(config)
-        self.config, model = config, config.model
-        self.vision_encoder = VisionEncoder(model, len(config.cameras), config.image_size)
-        self.language_model = LanguageModel(model)
-        self.action_head = HEADS[model.head](model, config.state_dim, config.action_dim)
+        model, cameras = config.model, len(config.cameras)
+        self.backbone = None
+        if model.backbone or model.vision_backbone:
+            self.backbone = pretrained.build(model, cameras, config.image_size, saved, weights)
+            self.vision_encoder = self.backbone.vision_encoder
+            if self.backbone.projector:
+                self.projector = self.backbone.projector
+            self.language_model = self.backbone.language_model
+        else:
+            self.vision_encoder = backbone.VisionEncoder(model, cameras, config.image_size)
+            self.language_model = backbone.LanguageModel(model)
+        width = self.language_model.width
+        self.action_head = HEADS[model.head](model, width, config.state_dim, config.action_dim)
         self.state_norm = Normalizer({s.name: len(s.state_names) for s in config.datasets}, model.normalization)
         self.action_norm = Normalizer({s.name: len(s.action_names) for s in config.datasets}, model.normalization)
-        for name in model.freeze:
-            getattr(self, name).requires_grad_(False)
+        if model.gradient_checkpointing:
+            for layer in self.layers():
+                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        self._settle_trained(config)
+        base = self.backbone.originals.digest if self.backbone and weights else config.base
+        self.config = dataclasses.replace(config, base=base)
+        self.freeze_at(0)
         self._driven = 0 if len(config.datasets) == 1 else None
         self.reset()
+
+    def _settle_trained(self, config: PolicyConfig) -> None:
+        """Put in adapters; note the names of the pretrained parameters, and of those that can never be trained."""
+        model, parts, base, never = config.model, dict(self.named_children()), set(), set()
+        self._freeze, self._unfreeze = model.freeze, dict(model.unfreeze)
+        if self.backbone:
+            never |= set(pretrained.unused(self.vision_encoder, config.image_size))
+        if self.backbone and not model.random_backbone:
+            base = {*parts["vision_encoder"].parameters(), *parts["language_model"].parameters()} - never
+        if config.lora.rank:
+            for name in config.lora.modules:
+                never |= set(submodule(self, name, "lora.modules").parameters())
+            add_adapters(self, config.lora)
+        for name in model.freeze:
+            submodule(self, name, "model.freeze")
+        self._base = {name for name, p in self.named_parameters() if p in base}
+        self._never = {name for name, p in self.named_parameters() if p in never}
+        if model.frozen_dtype == "bfloat16":
+            for name in {*model.freeze, *config.lora.modules * bool(config.lora.rank)} & parts.keys():
+                for p in base & set(parts[name].parameters()):
+                    p.data = p.data.bfloat16()
+
+    def layers(self) -> list[nn.Module]:
+        """The repeated blocks of all parts, which are computed again, or sharded, one by one."""
+        kinds = (backbone.Block,)
+        if self.backbone:
+            from transformers.modeling_layers import GradientCheckpointingLayer
+
+            kinds += (GradientCheckpointingLayer,)
+        return [part for part in self.modules() if isinstance(part, kinds)]
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """Names of the classes of layers, which are sharded one by one; accelerate looks them up here."""
+        return sorted({type(layer).__name__ for layer in self.layers()})
+
+    def freeze_at(self, step: float) -> bool:
+        """Freeze what is not trained at this step of a run, and nothing else. Returns whether anything changed."""
+        frozen = tuple(f"{n}." for n in self._freeze if n not in self._unfreeze or step < self._unfreeze[n])
+        before = [p.requires_grad for p in self.parameters()]
+        for name, p in self.named_parameters():
+            p.requires_grad_(name not in self._never and not name.startswith(frozen))
+        reached = False
+        self._reached = {}  # by training: below the lowest trained part nothing needs autograd
+        for name, part in self.named_children():  # in the order of the forward pass
+            reached = self._reached[name] = reached or any(p.requires_grad for p in part.parameters())
+        self.train(self.training)
+        return before != [p.requires_grad for p in self.parameters()]
+
+    def train(self, mode: bool = True) -> "VLAPolicy":
+        """As of every module; but what training does not reach drops nothing, so that it always gives the same."""
+        super().train(mode)
+        for name, reached in self._reached.items():
+            if not reached:
+                getattr(self, name).eval()
+        return self
+
+    def _autograd(self, part: str):
+        return torch.set_grad_enabled(self._reached[part] and torch.is_grad_enabled())
+
+    def own_state(self) -> dict[str, Tensor]:
+        """The state_dict without pretrained weights that are frozen: these are loaded from where they came from."""
+        learning = {name for name, p in self.named_parameters() if p.requires_grad}
+        return {name: value for name, value in self.state_dict().items() if name not in self._base - learning}
+
+    def own_config(self) -> PolicyConfig:
+        """The configuration that goes with own_state."""
+        complete = len(self.own_state()) == len(self.state_dict())
+        return dataclasses.replace(self.config, base="") if complete else self.config
+
+    def merge(self) -> None:
+        """Add the adapters to the weights that they adapt: the same policy, to rounding, without any."""
+        merge_adapters(self)
+        self._base, self._never = set(), set()
+        self.config = dataclasses.replace(self.config, lora=LoraConfig(), base="")
+
+    def untrained(self) -> "VLAPolicy":
+        """The same network with random weights, and the same statistics."""
+        model, saved = self.config.model, None
+        if self.backbone:
+            model, saved = dataclasses.replace(model, random_backbone=True), self.backbone.originals.saved
+        other = VLAPolicy(dataclasses.replace(self.config, model=model, lora=LoraConfig(), base=""), saved)
+        other.state_norm.load_state_dict(self.state_norm.state_dict())
+        other.action_norm.load_state_dict(self.action_norm.state_dict())
+        return other
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, config: dict, map_location: str = "cpu", **download):
@@ -97,59 +167,89 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
         folder = Path(model_id)
         if not folder.is_dir():
             download = {name: download.get(name) for name in ("revision", "cache_dir", "token", "local_files_only")}
-            folder = Path(hf_hub_download(model_id, "model.safetensors", **download)).parent
-        policy = cls(from_dict(PolicyConfig, config, str(folder / "config.json")))
-        weights, own = Rows.of(folder, "model"), policy.own_state()
-        missing, left_over = sorted(own.keys() - weights.parts.keys()), sorted(weights.parts.keys() - own.keys())
+            folder = Path(snapshot_download(model_id, **download))
+        settings = from_dict(PolicyConfig, config, str(folder / "config.json"))
+        if settings.model.attention == "flash_attention_2":  # an export loads anywhere
+            settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, attention="sdpa"))
+        saved = None
+        if settings.model.backbone or settings.model.vision_backbone:
+            places = folder / "backbone", run_folder(folder) / "backbone"  # a checkpoint's is that of its run
+            saved = next((place for place in places if place.is_dir()), None)
+            if saved is None:
+                raise InputError(
+                    f"{folder} has no folder backbone (tokenizer, configuration); copy that of its run to it"
+                )
+        policy = cls(settings, saved, weights=bool(settings.base))
+        policy.check_base(settings.base, folder)
+        weights, own = Rows.of(folder, "model"), policy.state_dict()
+        missing = sorted(own.keys() - weights.parts.keys() - (policy._base if settings.base else set()))
+        left_over = sorted(weights.parts.keys() - own.keys())
         if missing or left_over:
             raise InputError(
                 f"{folder / 'model.safetensors'} does not fit its config.json: missing {missing or 'nothing'}, "
                 f"left over {left_over or 'nothing'}; export the policy again"
             )
-        for name, tensor in own.items():
-            weights.read(name, tensor)
+        for name in weights.parts:
+            weights.read(name, own[name])
+        policy._base -= weights.parts.keys()  # what was once trained is stored from then on
         policy.state_norm.require()
         policy.action_norm.require()
         return policy.to(map_location).eval()
 
-    @property
-    def _no_split_modules(self) -> list[str]:
-        """Names of the classes of the blocks that are sharded one by one; accelerate looks them up here."""
-        parts = [module for module in self.modules() if module is not self]
-        named = {name for part in parts for name in getattr(part, "_no_split_modules", None) or ()} | {"Block"}
-        return sorted(named & {type(part).__name__ for part in parts})
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """What save_pretrained calls: all weights, or with adapters them and what else was trained, and a reference."""
+        state, config = self.state_dict(), dataclasses.replace(self.config, base="")
+        if self.config.lora.rank:
+            state, config = self.own_state(), self.own_config()
+        save_file({name: value.contiguous() for name, value in state.items()}, save_directory / "model.safetensors")
+        (save_directory / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+        self.save_backbone(save_directory / "backbone")
 
-    def own_state(self) -> dict[str, Tensor]:
-        """The tensors that belong in a checkpoint, by name; where the policy is sharded, DTensors."""
-        return self.state_dict()
+    def save_backbone(self, folder: Path) -> None:
+        """Write what a pretrained backbone consists of but for its weights, if there is one."""
+        if self.backbone:
+            self.backbone.originals.save(folder)
+
+    def check_base(self, base: str, where: Path) -> None:
+        """Raises InputError unless the frozen pretrained weights are those of this digest, which `where` belongs to."""
+        if base and self.config.base != base:
+            raise InputError(
+                f"{where} was trained on other weights than {self.backbone.originals} has now; bring those back"
+            )
 
     def set_statistics(self, statistics: Sequence[tuple[dict, dict]]) -> None:
         """Take the statistics of the states and of the actions of each data set (see Normalizer.set_statistics)."""
         self.state_norm.set_statistics([state for state, _ in statistics])
         self.action_norm.set_statistics([action for _, action in statistics])
 
-    def _autograd(self, *parts: str):
-        """Autograd only if one of these parts is trained: below the lowest trained part nothing needs it."""
-        trained = any(part not in self.config.model.freeze for part in parts)
-        return torch.set_grad_enabled(trained and torch.is_grad_enabled())
-
     def encode_images(self, images: Tensor) -> Tensor:
-        """uint8 [B, N, 3, h, w] -> image tokens [B, I, D]."""
+        """uint8 [B, N, 3, h, w] -> image tokens [B, I, the language model's width]."""
         with self._autograd("vision_encoder"):
-            return self.vision_encoder(images.float() / 127.5 - 1)
+            tokens = self.vision_encoder(images)
+        if hasattr(self, "projector"):
+            with self._autograd("projector"):
+                tokens = self.projector(tokens)
+        return tokens
+
+    def _understand(self, batch: dict[str, Tensor], lm: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Hidden states of images and instruction [B, S, D], their mask [B, S], and the loss of the instruction."""
+        image_tokens = self.encode_images(batch["images"])
+        with self._autograd("language_model"):
+            hidden, mask, error = self.language_model(
+                image_tokens, batch["image_mask"], batch["tokens"], batch["token_mask"], lm
+            )
+        return hidden, mask, error
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The loss, a weighted sum of terms, and each term, all means over the samples (scalars); sample_loss [B]."""
         weights, scale = self.config.model.loss, self.action_norm.of(batch["dataset"])
-        prefix = self.encode_images(batch["images"]), batch["image_mask"], batch["tokens"], batch["token_mask"]
-        with self._autograd("vision_encoder", "language_model"):
-            hidden, mask = self.language_model(*prefix)
+        hidden, mask, error = self._understand(batch, lm=weights.lm > 0)
         state = self.state_norm.of(batch["dataset"]).normalize(batch["state"][:, None])[:, 0]  # [B, P]
         actions = scale.normalize(batch["actions"])
         valid = ~batch["action_is_pad"][:, :, None] & scale.real  # [B, H, A]
         terms = self.action_head.loss(hidden, mask, state, actions, valid, batch["key"], scale)
-        if weights.lm:
-            terms["lm"] = self.language_model.loss(*prefix)
+        if error is not None:
+            terms["lm"] = error
         sample_loss = sum(getattr(weights, name) * term.detach() for name, term in terms.items())
         terms = {name: term.mean() for name, term in terms.items()}
         loss = sum(getattr(weights, name) * term for name, term in terms.items())
@@ -165,14 +265,13 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
             self.state_norm.require()
             self.action_norm.require()
             self._has_statistics = True
-        image_tokens = self.encode_images(batch["images"])
-        hidden, mask = self.language_model(image_tokens, batch["image_mask"], batch["tokens"], batch["token_mask"])
+        hidden, mask, _ = self._understand(batch)
         state = self.state_norm.of(batch["dataset"]).normalize(batch["state"][:, None])[:, 0]  # [B, P]
         return self.action_head.sample(hidden, mask, state, batch["key"], self.action_norm.of(batch["dataset"]))
 
     def tokenize(self, instructions: list[str]) -> tuple[Tensor, Tensor]:
-        """int64 [B, T] and mask bool [B, T], T fixed so that shapes never change (see backbone.tokenize)."""
-        return tokenize(instructions, self.config.model.max_tokens)
+        """int64 [B, T] and mask bool [B, T], T fixed so that shapes never change (see the language model)."""
+        return self.language_model.tokenize(instructions)
 
     def drive(self, name: str) -> None:
         """Act from now on as the robot of this data set; a policy of a single one does so without being told.
@@ -253,80 +352,3 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
             self._queue.extend(self.predict_chunk(batch)[0, :steps, :dims].cpu().numpy())
             self._chunks += 1
         return self._queue.popleft()
-
-
-def check(config: PolicyConfig) -> None:
-    """Raises InputError, naming the flag and what would fit, for a policy that cannot be built."""
-    model, loss, datasets = config.model, config.model.loss, config.datasets
-    names = [spec.name for spec in datasets]
-    if not names or len(set(names)) < len(names):
-        raise InputError(f"the data sets are named {names}; expected at least one, and each another name")
-    if len(names) > 1 and (taken := {action for spec in datasets for action in spec.action_names} & set(names)):
-        raise InputError(f"data set {min(taken)} is named like an action, so that its metrics are too; rename it")
-    for spec in datasets:
-        known = tuple(camera for camera in config.cameras if camera in spec.cameras)
-        if not known or known != tuple(spec.cameras):
-            raise InputError(
-                f"data set {spec.name} has the cameras {list(spec.cameras)}; expected one or more of "
-                f"{list(config.cameras)}, in this order"
-            )
-        dims = len(spec.action_names)
-        if wrong := [d for d in model.gripper_dims if not 0 <= d < dims]:
-            raise InputError(
-                f"--model.gripper_dims names {wrong}, but actions of {spec.name} have the dimensions 0 to {dims - 1}; "
-                "name dimensions that are grippers in every data set"
-            )
-    height, width = config.image_size
-    stride = model.vision_stride
-    if stride < 2 or stride & (stride - 1) or height % stride or width % stride:
-        raise InputError(
-            f"--model.vision_stride {stride} does not fit images of {height}x{width}; give a power of two "
-            "that divides both"
-        )
-    bounds = {
-        "attention_heads": (1, None),
-        "vision_blocks": (0, None),
-        "language_layers": (1, None),
-        "head_layers": (1, None),
-        "mlp_ratio": (1, None),
-        "chunk_size": (1, None),
-        "flow_steps": (1, None),
-        "bins": (2, None),
-        "label_smoothing": (0, 0.99),
-        "max_tokens": (2 * PATCH, None),
-    }
-    for name, bound in bounds.items():
-        within(f"model.{name}", getattr(model, name), *bound)
-    if model.width % (8 * model.attention_heads) or model.width < 16:
-        raise InputError(
-            f"--model.width {model.width} is no multiple of 8 x --model.attention_heads {model.attention_heads}, "
-            "of at least 16; change one"
-        )
-    if not 1 <= model.n_action_steps <= model.chunk_size:
-        raise InputError(
-            f"--model.n_action_steps is {model.n_action_steps}; expected 1 to --model.chunk_size {model.chunk_size}"
-        )
-    if model.max_tokens % PATCH:
-        raise InputError(f"--model.max_tokens is {model.max_tokens}; expected a multiple of {PATCH}")
-    if unknown := sorted(set(model.freeze) - set(MODULES)):
-        raise InputError(f"--model.freeze names {', '.join(unknown)}; the modules are {', '.join(MODULES)}")
-    if model.label_smoothing and model.head != "token":
-        raise InputError(f"--model.label_smoothing has no effect with --model.head {model.head}; leave it out")
-    if model.gripper_dims and model.head != "regression":
-        raise InputError(
-            f"--model.gripper_dims has no effect with --model.head {model.head}; leave it out, or use regression"
-        )
-    used = {"flow": {"flow"}, "token": {"ce"}, "regression": set()}[model.head]
-    if model.head == "regression":
-        used |= {"bce"} if model.gripper_dims else set()
-        used |= {"l1", "mse"} if len(set(model.gripper_dims)) < config.action_dim else set()
-    for name, default in dataclasses.asdict(LossConfig()).items():
-        weight = getattr(loss, name)
-        if not 0 <= weight < math.inf:
-            raise InputError(f"--model.loss.{name} is {weight}; expected 0 or more")
-        if weight != default and name not in used | {"lm"}:
-            raise InputError(f"--model.loss.{name} has no effect with --model.head {model.head} here; leave it out")
-    if not sum(getattr(loss, name) for name in used):
-        raise InputError(f"the loss weights {', '.join(sorted(used))} are all 0, so nothing is learned; raise one")
-    if loss.lm and "language_model" in model.freeze:
-        raise InputError("--model.loss.lm trains the language_model, which --model.freeze freezes; drop one")

@@ -1,0 +1,355 @@
+"""Backbones from pretrained models, through transformers' Auto classes and their public methods.
+
+An image-text model is taken apart into the two modules that people freeze: its decoder becomes `language_model`, what
+is left of it, which makes image features, `vision_encoder`. Or the two are different models, with a projector between.
+
+Dimension key: B batch, N cameras, I image tokens of one camera, T text tokens, S prefix tokens, D width of the decoder,
+K layers of the decoder that get image features of their own (Qwen3-VL), V vocabulary.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vla import InputError
+from vla.config import ModelConfig
+from vla.model.originals import Originals
+from vla.model.pixels import Pixels, patches
+
+
+@dataclass(frozen=True)
+class Family:
+    """How an image-text model was taught to read: what stands before all, around each image, and as instruction."""
+
+    marks: tuple[str, ...] = ()  # that have to be tokens
+    start: str = "{bos}"
+    before: str = ""
+    after: str = ""
+    instruction: str = "{}\n"
+    causal: bool = True  # else images and instruction all see each other
+
+
+_SMOLVLM = Family(
+    marks=("<fake_token_around_image>", "<end_of_utterance>"),
+    start="{bos}User:",
+    before="<fake_token_around_image><global-img>",
+    after="<fake_token_around_image>",
+    instruction="{}<end_of_utterance>\nAssistant:",
+)
+_QWEN = Family(
+    marks=("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"),
+    start="<|im_start|>user\n",
+    before="<|vision_start|>",
+    after="<|vision_end|>",
+    instruction="{}<|im_end|>\n<|im_start|>assistant\n",
+)
+FAMILIES = {
+    "smolvlm": _SMOLVLM,
+    "idefics3": _SMOLVLM,
+    "paligemma": Family(marks=("<bos>",), start="", instruction="<bos>{}\n", causal=False),
+    "qwen2_5_vl": _QWEN,
+    "qwen3_vl": _QWEN,
+}
+
+
+class VisionEncoder(nn.Module):
+    """The part of a pretrained model that makes image tokens, after the preprocessing of its own processor."""
+
+    def __init__(self, model: nn.Module, pixels: Pixels):
+        super().__init__()
+        self.model, self.pixels, self.kind = model, pixels, model.config.model_type
+
+    def forward(self, images: Tensor) -> Tensor:
+        """uint8 [B, N, 3, h, w] -> [B, N · I, D · (1 + K)]: the tokens, beside those for the decoder's first layers."""
+        B, N = images.shape[:2]
+        pixels = self.pixels(images.flatten(0, 1))  # [B · N, 3, H, W]
+        pixels = pixels.to(next(self.model.parameters()).dtype)
+        if self.kind in ("smolvlm", "idefics3"):
+            features = self.model.get_image_features(pixels[None])
+        elif self.kind == "paligemma":
+            features = self.model.get_image_features(pixels)
+        else:
+            vision = self.model.config.vision_config
+            grid = [1, *(size // vision.patch_size for size in self.pixels.size)]
+            flat = patches(pixels, vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
+            grids = torch.tensor([grid], device=images.device).expand(B * N, -1)
+            features = self.model.get_image_features(flat, grids)
+        levels = [features.pooler_output, *(getattr(features, "deepstack_features", None) or [])]
+        levels = [level if isinstance(level, Tensor) else torch.cat(level) for level in levels]
+        return torch.cat([level.reshape(B, -1, level.shape[-1]) for level in levels], dim=-1)
+
+
+class PatchEncoder(nn.Module):
+    """Any image encoder that gives features of patches, after the preprocessing of its own processor."""
+
+    def __init__(self, model: nn.Module, pixels: Pixels):
+        super().__init__()
+        self.model, self.pixels, self.patch = model, pixels, model.config.patch_size
+        self.grid = tuple(size // self.patch for size in pixels.size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """uint8 [B, N, 3, h, w] -> features of the patches [B, N · I, width]."""
+        pixels = self.pixels(images.flatten(0, 1)).to(next(self.model.parameters()).dtype)  # [B · N, 3, H, W]
+        if self.model.config.model_type.startswith("siglip2"):  # of any aspect: it takes flat patches and their grid
+            B, (rows, columns) = len(pixels), self.grid
+            grid = pixels.unfold(2, self.patch, self.patch).unfold(
+                3, self.patch, self.patch
+            )  # [B, 3, rows, columns, p, p]
+            flat = grid.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)  # [B, I, p · p · 3]
+            mask = torch.ones(B, rows * columns, dtype=torch.int64, device=images.device)
+            shapes = torch.tensor([[rows, columns]], device=images.device).expand(B, -1)
+            features = self.model(flat, mask, shapes).last_hidden_state
+        else:
+            features = self.model(pixels).last_hidden_state
+        features = features[:, -self.grid[0] * self.grid[1] :]  # behind the tokens for the whole image, if any
+        return features.unflatten(0, images.shape[:2]).flatten(1, 2)
+
+
+class Projector(nn.Sequential):
+    """Two linear maps that take image features to the width of a decoder (LLaVA-1.5, Liu et al., 2023)."""
+
+    def __init__(self, features: int, width: int):
+        super().__init__(nn.LayerNorm(features), nn.Linear(features, width), nn.GELU(), nn.Linear(width, width))
+
+
+class LanguageModel(nn.Module):
+    """A pretrained decoder over [start | images with their marks | instruction], always of the same length.
+
+    positions: int64 [1, S], or [3, 1, S] where the decoder has places in time, height and width (Qwen).
+    """
+
+    def __init__(
+        self,
+        decoder: nn.Module,
+        out: nn.Module | None,
+        tokenizer,
+        family: Family,
+        layout: "Layout",
+        config: ModelConfig,
+    ):
+        super().__init__()
+        self.model, self.next_token = decoder, out
+        self.tokenizer, self.family, self.layout, self.config = tokenizer, family, layout, config
+        self.width = decoder.config.hidden_size
+        for name in ("ids", "camera", "places", "positions"):
+            self.register_buffer(name, getattr(layout, name), persistent=False)
+
+    def tokenize(self, instructions: list[str]) -> tuple[Tensor, Tensor]:
+        """int64 [B, T] and mask bool [B, T], T fixed. Raises InputError for an instruction that does not fit."""
+        length, pad = self.config.max_tokens, self.tokenizer.pad_token_id or 0
+        tokens = torch.full((len(instructions), length), pad)
+        mask = torch.zeros(len(instructions), length, dtype=torch.bool)
+        for row, valid, text in zip(tokens, mask, instructions, strict=True):
+            ids = _ids(self.tokenizer, self.family.instruction.format(text))
+            if len(ids) > length:
+                raise InputError(
+                    f"the instruction '{text}' has {len(ids)} tokens; --model.max_tokens {length} holds fewer: "
+                    f"raise it to {len(ids)} or more"
+                )
+            row[: len(ids)], valid[: len(ids)] = torch.tensor(ids), True
+        return tokens, mask
+
+    def forward(
+        self, image_tokens: Tensor, image_mask: Tensor, tokens: Tensor, token_mask: Tensor, lm: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """[B, N · I, D · (1 + K)], bool [B, N], int64 [B, T], bool [B, T] -> hidden states [B, S, D] and their mask
+        bool [B, S]; and with `lm` the loss of the instruction [B].
+
+        Nobody sees the image tokens of a camera whose image_mask is false.
+        """
+        embed = self.model.get_input_embeddings()
+        image_tokens, *deepstack = image_tokens.split(self.width, dim=-1)
+        fixed = embed(self.ids).expand(len(tokens), -1, -1)  # [B, S - T, D]
+        x = torch.cat([fixed.index_copy(1, self.places, image_tokens.to(fixed.dtype)), embed(tokens)], dim=1)
+        seen = F.pad(image_mask, (1, 0), value=True)[:, self.camera]  # [B, S - T]; what belongs to no camera always
+        mask = torch.cat([seen, token_mask], dim=1)  # [B, S]
+        deep = {}
+        if deepstack:
+            visual = torch.zeros(x.shape[1], dtype=torch.bool, device=x.device).index_fill(0, self.places, True)
+            deep["visual_pos_masks"] = visual.expand(len(x), -1)
+            deep["deepstack_visual_embeds"] = [level.flatten(0, 1) for level in deepstack]
+        hidden, last = self._decode(x, mask, self.family.causal, deep)
+        if not lm:
+            return hidden, mask, None
+        if not self.family.causal:  # each word saw what it is to predict: a pass of its own, in which none does
+            _, last = self._decode(x, mask, True, deep)
+        return hidden, mask, self._loss(last[:, -tokens.shape[1] : -1], tokens, token_mask)
+
+    def _decode(self, x: Tensor, mask: Tensor, causal: bool, deep: dict) -> tuple[Tensor, Tensor]:
+        """Embeddings [B, S, D] -> the hidden states that the head attends to, and the last ones, [B, S, D] each."""
+        layer = self.config.hidden_layer
+        out = self.model(
+            inputs_embeds=x,
+            attention_mask=self._attend(mask, causal, x.dtype),
+            position_ids=self.positions.expand(*self.positions.shape[:-2], len(x), -1),
+            use_cache=False,
+            output_hidden_states=layer > 0,
+            **deep,
+        )
+        return out.hidden_states[layer] if layer else out.last_hidden_state, out.last_hidden_state
+
+    def _attend(self, mask: Tensor, causal: bool, dtype: torch.dtype) -> Tensor:
+        """What may look where, as transformers takes it. mask: bool [B, S]."""
+        if self.config.attention == "flash_attention_2":
+            return mask  # it adds the order by itself
+        S = mask.shape[1]
+        attend = mask[:, None, None, :].expand(-1, 1, S, -1)
+        if causal:
+            order = mask.new_ones(S, S).tril()
+            if not self.family.causal:  # images see each other
+                order[: len(self.ids), : len(self.ids)] = True
+            attend = attend & order | torch.eye(S, dtype=torch.bool, device=mask.device)  # a row of nothing gives NaN
+        return (
+            attend
+            if self.config.attention == "sdpa"
+            else torch.zeros_like(attend, dtype=dtype).masked_fill(~attend, torch.finfo(dtype).min)
+        )
+
+    def _loss(self, hidden: Tensor, tokens: Tensor, token_mask: Tensor) -> Tensor:
+        """Cross-entropy of each next token, meaned over each sample's own. hidden: [B, T - 1, D] -> [B]."""
+        weight = self.next_token.weight if self.next_token else self.model.get_input_embeddings().weight  # tied
+        logits = F.linear(hidden, weight.to(hidden.dtype)).float()  # [B, T - 1, V]
+        error = F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+        valid = token_mask[:, 1:].float()
+        return (error * valid).sum(1) / valid.sum(1).clamp(min=1)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What comes before the instruction, the same for all samples, and the positions of all."""
+
+    ids: Tensor  # int64 [S - T], of any token where image tokens will stand
+    camera: Tensor  # int64 [S - T], 1 + n for what belongs to camera n, else 0
+    places: Tensor  # int64 [N · I], of the image tokens
+    positions: Tensor  # int64 [1, S] or [3, 1, S]
+
+
+def _layout(tokenizer, family: Family, image_tokens: int, cameras: int, first: int, max_tokens: int) -> Layout:
+    """image_tokens: I. first: the position of the first token."""
+    before, after = _ids(tokenizer, family.before), _ids(tokenizer, family.after)
+    ids, camera, places = _ids(tokenizer, family.start.format(bos=tokenizer.bos_token or "")), [], []
+    camera += [0] * len(ids)
+    for n in range(cameras):
+        places += range(len(ids) + len(before), len(ids) + len(before) + image_tokens)
+        ids += [*before, *[0] * image_tokens, *after]
+        camera += [n + 1] * (len(ids) - len(camera))
+    positions = torch.arange(first, first + len(ids) + max_tokens)[None]
+    return Layout(*(torch.tensor(values, dtype=torch.int64) for values in (ids, camera, places)), positions)
+
+
+def _ids(tokenizer, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """The parts of a policy that were trained elsewhere, and the files beside their weights that it needs for ever."""
+
+    vision_encoder: nn.Module
+    projector: nn.Module | None
+    language_model: LanguageModel
+    originals: Originals
+
+
+def build(model: ModelConfig, cameras: int, image_size: tuple[int, int], saved: Path | None, weights: bool) -> Backbone:
+    """The backbone that --model.backbone names, or --model.vision_backbone and --model.language_backbone.
+
+    saved, weights: see Originals. Raises InputError for what is not found or does not fit.
+    """
+    import transformers
+
+    originals = Originals(model, saved, weights)
+    if model.backbone:
+        config = originals.config("backbone")
+        family, kind = FAMILIES.get(config.model_type), config.model_type
+        if family is None:
+            raise InputError(
+                f"--model.backbone {model.backbone} is of the family {kind}; expected one of {', '.join(FAMILIES)}, or "
+                "two models by --model.vision_backbone and --model.language_backbone"
+            )
+        vision, text = config.vision_config, _first_layers("backbone", config, model)
+        if len(getattr(vision, "deepstack_visual_indexes", [])) > text.num_hidden_layers:
+            raise InputError(
+                f"--model.language_layers {model.language_layers}: images enter the first "
+                f"{len(vision.deepstack_visual_indexes)} layers of {model.backbone}; keep at least these"
+            )
+        whole = originals.model("backbone", transformers.AutoModelForImageTextToText, config)
+        out, base = _next_token(whole, model), whole.base_model
+        decoder = base.get_decoder()
+        setattr(base, next(name for name, part in base.named_children() if part is decoder), None)
+        merge = getattr(config, "scale_factor", None) or getattr(vision, "spatial_merge_size", 1)
+        patch = vision.patch_size * merge
+        encoder, projector = VisionEncoder(base, Pixels(originals.processor("backbone"), kind, image_size, patch)), None
+        tokenizer = originals.tokenizer("backbone", family.marks)
+    else:
+        family = Family()
+        vision, text = originals.config("vision_backbone"), originals.config("language_backbone")
+        _first_layers("language_backbone", text, model)
+        kind = getattr(vision, "vision_config", vision).model_type
+        seen = originals.model("vision_backbone", transformers.AutoModel, vision)
+        seen = getattr(seen, "vision_model", seen)
+        patch = getattr(seen.config, "patch_size", None)
+        if not isinstance(patch, int):
+            raise InputError(
+                f"--model.vision_backbone {model.vision_backbone} is of the family {kind}, which has no patches; "
+                "expected one such as SigLIP or DINO"
+            )
+        encoder = PatchEncoder(seen, Pixels(originals.processor("vision_backbone"), kind, image_size, patch))
+        whole = originals.model("language_backbone", transformers.AutoModelForCausalLM, text)
+        out, decoder, tokenizer = (
+            _next_token(whole, model),
+            whole.get_decoder(),
+            originals.tokenizer("language_backbone", family.marks),
+        )
+        projector = Projector(seen.config.hidden_size, decoder.config.hidden_size)
+    if model.hidden_layer >= text.num_hidden_layers:
+        raise InputError(
+            f"--model.hidden_layer is {model.hidden_layer}; expected less than the {text.num_hidden_layers} layers"
+        )
+    grid = tuple(size // patch for size in encoder.pixels.size)
+    layout = _layout(tokenizer, family, grid[0] * grid[1], cameras, int(kind == "paligemma"), model.max_tokens)
+    if kind.startswith("qwen"):
+        layout = _in_space(base, layout, [1, grid[0] * merge, grid[1] * merge])
+    return Backbone(encoder, projector, LanguageModel(decoder, out, tokenizer, family, layout, model), originals)
+
+
+def _next_token(whole: nn.Module, model: ModelConfig) -> nn.Module | None:
+    """The map to the next token, if the loss asks for it and it is not tied to the embedding."""
+    out = whole.get_output_embeddings()
+    return out if model.loss.lm and out.weight is not whole.get_input_embeddings().weight else None
+
+
+def unused(encoder: nn.Module, image_size: tuple[int, int]) -> list[nn.Parameter]:
+    """The parameters that image tokens do not depend on, such as those of a token that hides patches."""
+    parameters = list(encoder.parameters())
+    with torch.enable_grad():
+        tokens = encoder(torch.zeros(1, 1, 3, *image_size, dtype=torch.uint8))
+        gradients = torch.autograd.grad(tokens.sum(), parameters, allow_unused=True)
+    return [p for p, gradient in zip(parameters, gradients, strict=True) if gradient is None]
+
+
+def _first_layers(flag: str, config, model: ModelConfig):
+    """The configuration of the decoder, of its first --model.language_layers if so many are wanted."""
+    text, wanted = config.get_text_config(), model.language_layers
+    if wanted > text.num_hidden_layers:
+        raise InputError(
+            f"--model.language_layers is {wanted}, but {getattr(model, flag)} has {text.num_hidden_layers}; give at "
+            "most these, or 0 for all"
+        )
+    if wanted:
+        text.num_hidden_layers = wanted
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:wanted]
+    return text
+
+
+def _in_space(base: nn.Module, layout: Layout, grid: list[int]) -> Layout:
+    """The layout with positions in time, height and width (Qwen). grid: frames, rows and columns of patches."""
+    kinds = torch.zeros_like(layout.positions)
+    kinds[:, layout.places] = 1  # images; the rest is text
+    grids = torch.tensor([grid]).expand(int(layout.camera.max()), -1)
+    positions, _ = base.get_rope_index(torch.zeros_like(kinds), mm_token_type_ids=kinds, image_grid_thw=grids)
+    return replace(layout, positions=positions)
