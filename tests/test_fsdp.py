@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from policies import tiny
 from safetensors.torch import load_file
-from saving import broken, new_saver, state_of
+from saving import Policy, broken, new_saver, state_of
 from test_guard import spoil
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -66,17 +65,18 @@ def assert_same_training(run, other):
 
 # ---- The training.
 
-ACCUMULATED, AGAIN = ("--micro_batch_size", 2), {"FSDP_ACTIVATION_CHECKPOINTING": "true"}
+ACCUMULATED = ("--micro_batch_size", 2)
+FROZEN, UNFROZEN = ("--model.freeze", "vision_encoder"), ("--model.unfreeze", "vision_encoder", 8)
 REGRESSION = ("--model.head", "regression", "--model.gripper_dims", 2, "--model.loss.lm", 0.1)
 
 
 @pytest.mark.parametrize(
-    ("own", "env"),
-    [((), {}), (ACCUMULATED, AGAIN), ((*REGRESSION, "--model.freeze", "vision_encoder"), {})],
-    ids=["plain", "accumulated, activations computed again", "two passes, one module frozen"],
+    "own",
+    [(), (*ACCUMULATED, *FROZEN, "--model.gradient_checkpointing"), (*REGRESSION, *FROZEN, *UNFROZEN)],
+    ids=["plain", "accumulated, a part frozen, activations computed again", "two passes, a part frozen for a time"],
 )
-def test_sharded_run_is_the_same_training_as_one_that_is_not(own, env, uninterrupted):
-    run = uninterrupted(*own, "--checkpoint.keep", 9, processes=2, env=SHARDED | env)
+def test_sharded_run_is_the_same_training_as_one_that_is_not(own, uninterrupted):
+    run = uninterrupted(*own, "--checkpoint.keep", 9, processes=2, env=SHARDED)
     assert sorted(path.name for path in last(run).glob("*.safetensors")) == [
         f"{kind}-0000{k}-of-00002.safetensors" for kind in ("ema", "model", "optimizer") for k in (1, 2)
     ]
@@ -84,7 +84,7 @@ def test_sharded_run_is_the_same_training_as_one_that_is_not(own, env, uninterru
     if not own:
         assert_same_training(run, uninterrupted())
     first, *_, final = map(gathered, checkpoint.all_steps(run / "checkpoints").values())
-    still = ("state_norm", "action_norm", *(["vision_encoder"] if "--model.freeze" in own else []))
+    still = ("state_norm", "action_norm", *(["vision_encoder"] if own[2:4] == FROZEN else []))
     for name, value in first.items():
         assert torch.equal(value, final[name]) == name.startswith(still), name
 
@@ -102,7 +102,9 @@ def test_sharded_run_in_bfloat16_keeps_data_and_losses_in_float32(flags, tmp_pat
 
     bf16 = {"ACCELERATE_MIXED_PRECISION": "bf16"}
     for name, env in (("plain", {}), ("sharded", SHARDED)):
-        children = train(*flags, "--run_dir", tmp_path / name, before=watch, processes=2, env=bf16 | env)
+        own = ["--model.freeze", "language_model", "--model.unfreeze", "language_model", 8]
+        own += ["--run_dir", tmp_path / name]
+        children = train(*flags, *own, before=watch, processes=2, env=bf16 | env)
         kept = [child.ok().found for child in children]
     assert kept == 2 * [{"seen": {torch.float32, torch.bfloat16}, "given": {torch.float32}}]
     for name in ("train/loss", "eval/loss", "eval/action_error"):
@@ -139,19 +141,6 @@ def test_each_process_holds_its_rows_and_gathers_one_block_at_a_time(flags, tmp_
     assert {"", "language_model.blocks.0", "action_head.decoder.blocks.0"} <= first["units"]
     assert first["local again"] == first["local"]
     assert first["chunk"] == second["chunk"]
-
-
-def test_blocks_of_a_pretrained_part_are_those_that_it_declares():
-    class Layer(nn.Linear):
-        pass
-
-    class Pretrained(nn.Sequential):
-        _no_split_modules = ("Layer", "LayerOfAnotherModel")
-
-    policy = tiny()
-    assert policy._no_split_modules == ["Block"]
-    policy.vision_encoder.tower = Pretrained(Layer(2, 2))
-    assert policy._no_split_modules == ["Block", "Layer"]
 
 
 def test_only_the_last_micro_batch_of_a_step_sends_gradients(flags, tmp_path):
@@ -207,6 +196,11 @@ REFUSED = {
     "compile": ({}, ["--compile"], "--compile does not go with"),
     "fp16": ({"ACCELERATE_MIXED_PRECISION": "fp16"}, [], "mixed_precision: fp16 does not go with.*bf16"),
     "version 1": ({"FSDP_VERSION": "1"}, [], "FSDP version 1; set fsdp_version: 2"),
+    "activations": (
+        {"FSDP_ACTIVATION_CHECKPOINTING": "true"},
+        [],
+        "fsdp_activation_checkpointing does not go with.* give --model.gradient_checkpointing",
+    ),
     "meta": ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, [], "fsdp_cpu_ram_efficient_loading does not go with"),
 }
 
@@ -343,6 +337,8 @@ class Uneven(nn.Module):
 
     def own_state(self):
         return self.state_dict()
+
+    own_config = Policy.own_config
 
 
 def uneven_training(seed, count=3, frozen=(), accelerator=None, **more):

@@ -4,8 +4,9 @@ import os
 
 import torch
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, ParallelismConfig, PartialState
+from torch import nn
 from torch.distributed import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 from vla import InputError
 from vla.config import TrainConfig
@@ -30,6 +31,8 @@ def set_up(accelerator: Accelerator, config: TrainConfig) -> None:
     for found, cure in {
         f"mixed_precision: {precision}": "" if precision in ("no", "bf16") else "set it to bf16 or no in the YAML",
         "fsdp_cpu_ram_efficient_loading": plugin.cpu_ram_efficient_loading and "set it to false in the YAML",
+        "fsdp_activation_checkpointing": plugin.activation_checkpointing
+        and "take it out of the YAML, and give --model.gradient_checkpointing",
         "parallelism_config": accelerator.parallelism_config and "take it out of the YAML",
         "--compile": config.compile and "leave it out",
         f"--eval.env {config.eval.env}": config.eval.env
@@ -48,3 +51,14 @@ def set_up(accelerator: Accelerator, config: TrainConfig) -> None:
         plugin.mixed_precision_policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
+
+
+def follow(policy: nn.Module) -> None:
+    """Have what is sharded look anew which parameters are trained, once that has changed. Every process calls this.
+
+    What was frozen in its first pass would else not know in which precision its gradients are added.
+    """
+    for part in policy.modules():
+        if isinstance(part, FSDPModule):
+            part.unshard()
+            part.reshard()
