@@ -120,6 +120,8 @@ def main(config: TrainConfig) -> None:
         changed = policy.freeze_at(step)
         if ema:
             ema.follow(policy)
+        if changed:
+            fsdp.follow(policy)
         if changed and model is not policy:
             accelerator.free_memory()
             model, optimizer = accelerator.prepare(accelerator.unwrap_model(model, False), optimizer.optimizer)

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from policies import tiny
 from safetensors.torch import load_file
-from saving import broken, new_saver, state_of
+from saving import Policy, broken, new_saver, state_of
 from test_guard import spoil
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -66,17 +65,18 @@ def assert_same_training(run, other):
 
 # ---- The training.
 
-ACCUMULATED, AGAIN = ("--micro_batch_size", 2), {"FSDP_ACTIVATION_CHECKPOINTING": "true"}
+ACCUMULATED = ("--micro_batch_size", 2)
+FROZEN, UNFROZEN = ("--model.freeze", "vision_encoder"), ("--model.unfreeze", "vision_encoder", 8)
 REGRESSION = ("--model.head", "regression", "--model.gripper_dims", 2, "--model.loss.lm", 0.1)
 
 
 @pytest.mark.parametrize(
-    ("own", "env"),
-    [((), {}), (ACCUMULATED, AGAIN), ((*REGRESSION, "--model.freeze", "vision_encoder"), {})],
-    ids=["plain", "accumulated, activations computed again", "two passes, one module frozen"],
+    "own",
+    [(), (*ACCUMULATED, *FROZEN, "--model.gradient_checkpointing"), (*REGRESSION, *FROZEN, *UNFROZEN)],
+    ids=["plain", "accumulated, a part frozen, activations computed again", "two passes, a part frozen for a time"],
 )
-def test_sharded_run_is_the_same_training_as_one_that_is_not(own, env, uninterrupted):
-    run = uninterrupted(*own, "--checkpoint.keep", 9, processes=2, env=SHARDED | env)
+def test_sharded_run_is_the_same_training_as_one_that_is_not(own, uninterrupted):
+    run = uninterrupted(*own, "--checkpoint.keep", 9, processes=2, env=SHARDED)
     assert sorted(path.name for path in last(run).glob("*.safetensors")) == [
         f"{kind}-0000{k}-of-00002.safetensors" for kind in ("ema", "model", "optimizer") for k in (1, 2)
     ]
@@ -84,7 +84,7 @@ def test_sharded_run_is_the_same_training_as_one_that_is_not(own, env, uninterru
     if not own:
         assert_same_training(run, uninterrupted())
     first, *_, final = map(gathered, checkpoint.all_steps(run / "checkpoints").values())
-    still = ("state_norm", "action_norm", *(["vision_encoder"] if "--model.freeze" in own else []))
+    still = ("state_norm", "action_norm", *(["vision_encoder"] if own[2:4] == FROZEN else []))
     for name, value in first.items():
         assert torch.equal(value, final[name]) == name.startswith(still), name
 
@@ -102,7 +102,9 @@ def test_sharded_run_in_bfloat16_keeps_data_and_losses_in_float32(flags, tmp_pat
 
     bf16 = {"ACCELERATE_MIXED_PRECISION": "bf16"}
     for name, env in (("plain", {}), ("sharded", SHARDED)):
-        children = train(*flags, "--run_dir", tmp_path / name, before=watch, processes=2, env=bf16 | env)
+        own = ["--model.freeze", "language_model", "--model.unfreeze", "language_model", 8]
+        own += ["--run_dir", tmp_path / name]
+        children = train(*flags, *own, before=watch, processes=2, env=bf16 | env)
         kept = [child.ok().found for child in children]
     assert kept == 2 * [{"seen": {torch.float32, torch.bfloat16}, "given": {torch.float32}}]
     for name in ("train/loss", "eval/loss", "eval/action_error"):
@@ -113,7 +115,11 @@ def test_sharded_run_in_bfloat16_keeps_data_and_losses_in_float32(flags, tmp_pat
 
 def test_each_process_holds_its_rows_and_gathers_one_block_at_a_time(flags, tmp_path):
     def count(found):
+        built_for = torch._C._get_accelerator
+        torch._C._get_accelerator = lambda *_: torch.device("cuda")  # as most are, also where there is none
+
         def prepared(objects, *_):
+            torch._C._get_accelerator = built_for
             policy = objects[0]
             found["local"] = sum(p.to_local().numel() for p in policy.parameters())
             found["all"] = sum(p.numel() for p in policy.parameters())
@@ -135,19 +141,6 @@ def test_each_process_holds_its_rows_and_gathers_one_block_at_a_time(flags, tmp_
     assert {"", "language_model.blocks.0", "action_head.decoder.blocks.0"} <= first["units"]
     assert first["local again"] == first["local"]
     assert first["chunk"] == second["chunk"]
-
-
-def test_blocks_of_a_pretrained_part_are_those_that_it_declares():
-    class Layer(nn.Linear):
-        pass
-
-    class Pretrained(nn.Sequential):
-        _no_split_modules = ("Layer", "LayerOfAnotherModel")
-
-    policy = tiny()
-    assert policy._no_split_modules == ["Block"]
-    policy.vision_encoder.tower = Pretrained(Layer(2, 2))
-    assert policy._no_split_modules == ["Block", "Layer"]
 
 
 def test_only_the_last_micro_batch_of_a_step_sends_gradients(flags, tmp_path):
@@ -198,10 +191,16 @@ def test_signal_to_one_process_in_an_evaluation_is_heard_by_all(flags, tmp_path)
 
 
 REFUSED = {
+    "mesh": ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, [], "parallelism_config does not go with"),
     "eval.env": ({}, ["--eval.env", "tabletop"], "--eval.env tabletop does not go with.*python -m vla.rollout"),
     "compile": ({}, ["--compile"], "--compile does not go with"),
     "fp16": ({"ACCELERATE_MIXED_PRECISION": "fp16"}, [], "mixed_precision: fp16 does not go with.*bf16"),
     "version 1": ({"FSDP_VERSION": "1"}, [], "FSDP version 1; set fsdp_version: 2"),
+    "activations": (
+        {"FSDP_ACTIVATION_CHECKPOINTING": "true"},
+        [],
+        "fsdp_activation_checkpointing does not go with.* give --model.gradient_checkpointing",
+    ),
     "meta": ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, [], "fsdp_cpu_ram_efficient_loading does not go with"),
 }
 
@@ -305,15 +304,19 @@ def test_missing_file_of_one_process_is_named(file, uninterrupted, tmp_path, cap
     (child,) = run_module("vla.checkpoints", run, "--verify")
     assert "damaged" not in child.ok().stderr
     (last(run) / file).unlink()
-    with pytest.raises(InputError, match=f"does not hold what its MANIFEST.json lists: look at {file}"):
+    with pytest.raises(InputError, match=f"does not hold what its MANIFEST.json lists: look at {file}$"):
         checkpoint.verify(last(run))
     manifest = json.loads((last(run) / "MANIFEST.json").read_text())
     del manifest["files"][file]
     (last(run) / "MANIFEST.json").write_text(json.dumps(manifest))
-    with pytest.raises(InputError, match=f"MANIFEST.json does not list {file}"):
+    with pytest.raises(InputError, match=f"MANIFEST.json does not list {file}$"):
         checkpoint.verify(last(run))
     (child,) = run_module("vla.checkpoints", run)
     assert f"MANIFEST.json does not list {file}" in child.ok().stderr
+    manifest["files"] = {name: entry for name, entry in manifest["files"].items() if not name.startswith("model")}
+    (last(run) / "MANIFEST.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=r"does not list .*model-00001-of-00002.safetensors, model-00002"):
+        checkpoint.verify(last(run))
 
 
 # ---- Saving and loading, in small.
@@ -335,14 +338,21 @@ class Uneven(nn.Module):
     def own_state(self):
         return self.state_dict()
 
+    own_config = Policy.own_config
 
-def uneven_training(seed, count=3, **more):
+
+def uneven_training(seed, count=3, frozen=(), accelerator=None, **more):
     """An accelerator, which shards if the environment says so, a policy, its optimizer and average after some steps."""
     torch.manual_seed(seed)
-    accelerator = Accelerator(cpu=True)
-    fsdp.set_up(accelerator, TrainConfig())
+    if accelerator is None:
+        accelerator = Accelerator(cpu=True)
+        fsdp.set_up(accelerator, TrainConfig())
+    accelerator.free_memory()
     policy = Uneven(**more)
-    model, optimizer = accelerator.prepare(policy, torch.optim.AdamW(policy.parameters(), fused=True))
+    for name in frozen:
+        getattr(policy, name).requires_grad_(False)
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    model, optimizer = accelerator.prepare(policy, torch.optim.AdamW(trained, fused=True))
     ema = EMA(policy, 0.9)
     for step in range(count):
         model(torch.ones(())).backward()
@@ -372,43 +382,58 @@ def test_every_row_is_saved_and_found_again_by_any_number_of_processes(saved, lo
         saver = new_saver(training, tmp_path)
         buffer = saver.buffer.result() if hasattr(saver, "buffer") else None
         saver.save(state_of(1))
-        found["everything"] = everything(*training)
+        found["everything"], found["draw"] = everything(*training), torch.rand(1).item()
         saver.finish()
         assert buffer is None or saver.buffer.result() is buffer
 
     def load(found):
+        training = [None]
         for count in (0, 2):  # as a run is resumed, and as it goes back
-            training = uneven_training(seed=2, count=count)
+            training = uneven_training(2, count, accelerator=training[0])
             assert checkpoint.load(*training, tmp_path / "step_00000001") == state_of(1)
-            found[count] = everything(*training)
+            found[count], found["draw"] = everything(*training), torch.rand(1).item()
 
-    expected = [child.ok().found["everything"] for child in in_children(save, *saved)]
+    (tmp_path / ".saving_step_00000001").mkdir()
+    (tmp_path / ".saving_step_00000001/left_over").touch()
+    savers = [child.ok().found for child in in_children(save, *saved)]
+    expected = savers[0]["everything"]
     checkpoint.verify(tmp_path / "step_00000001")
-    assert len(expected[0]) == 6 + 4 * 3 + 4
-    for child in in_children(load, *loaded):
-        assert child.ok().found[0] == child.found[2] == expected[0]
+    assert not (tmp_path / "step_00000001/left_over").exists()
+    assert len(expected) == 6 + 4 * 3 + 4
+    for place, child in enumerate(in_children(load, *loaded)):
+        assert child.ok().found[0] == child.found[2] == expected
+        assert place >= len(savers) or child.found["draw"] == savers[place]["draw"]
     if saved[1]:
         for kind in ("model", "optimizer", "ema"):
             rows = Rows.of(tmp_path / "step_00000001", kind)
-            assert {(kind, name) for name in rows.parts} == {key for key in expected[0] if key[0] == kind}
+            assert {(kind, name) for name in rows.parts} == {key for key in expected if key[0] == kind}
             for name in rows.parts:
                 tensor = torch.full(rows.shape(name), torch.nan)
                 rows.read(name, tensor)
-                assert tensor.numpy().tobytes() == expected[0][kind, name]
+                assert tensor.numpy().tobytes() == expected[kind, name]
 
 
 @pytest.mark.parametrize("env", [SHARDED, None])
 def test_checkpoint_of_another_policy_is_refused_with_the_difference_and_changes_nothing(env, tmp_path):
     def save_and_load(_):
-        saver = new_saver(uneven_training(seed=1, gone=(2,)), tmp_path)
+        training = uneven_training(seed=1, gone=(2,))
+        saver = new_saver(training, tmp_path)
         saver.save(state_of(1))
         saver.finish()
-        others = uneven_training(seed=2, five=(6, 2), more=(2,))
+        others = uneven_training(seed=2, accelerator=training[0], five=(6, 2), more=(2,))
         before = everything(*others)
         told = r"the weights are not .* missing more, left over gone, of another shape five; use the checkpoint with"
         with pytest.raises(InputError, match=told):
             checkpoint.load(*others, tmp_path / "step_00000001")
         assert everything(*others) == before
+        if env:
+            others = uneven_training(seed=2, accelerator=training[0], frozen=["one"], gone=(2,))
+            accelerator, policy, optimizer, _ = others
+            before = everything(*others)
+            told = "the moments are not .* missing nothing, left over one/exp_avg, one/exp_avg_sq, one/step,"
+            with pytest.raises(InputError, match=told):
+                checkpoint.load(accelerator, policy, optimizer, None, tmp_path / "step_00000001")
+            assert everything(*others) == before
 
     in_children(save_and_load, 1, env)[0].ok()
 

@@ -324,7 +324,7 @@ def everything(run: Path) -> dict[str, object]:
     collect("step", folder.name)
     for name, kind in (("weights", "model"), ("average", "ema"), ("optimizer", "optimizer")):
         for file in shards.files(folder, kind):
-            collect(f"{name}/{file.name}", load_file(file))
+            collect(name if file.stem == kind else f"{name}/{file.stem}", load_file(file))
     if (folder / "optimizer.bin").exists():
         collect("optimizer", torch.load(folder / "optimizer.bin", weights_only=True))
     collect("export", load_file(run / "export/model.safetensors"))

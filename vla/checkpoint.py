@@ -228,7 +228,8 @@ def _load_rows(policy: VLAPolicy, optimizer: torch.optim.Optimizer, path: Path, 
         numbers = [number for group in saved["param_groups"] for number in group["params"]]
         if len(numbers) != len(trained):
             raise InputError(
-                f"{path / 'optimizer.bin'} is of {len(numbers)} parameters, but {len(trained)} are trained"
+                f"the moments are those of {len(numbers)} parameters, expected {len(trained)}; use the checkpoint with "
+                "the settings that it was made with"
             )
         of = dict(zip(numbers, trained, strict=True))
         moments = Rows({f"{of[n]}/{kind}": [value] for n, has in saved["state"].items() for kind, value in has.items()})

@@ -3,8 +3,10 @@
 import os
 
 import torch
-from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, ParallelismConfig, PartialState
+from torch import nn
+from torch.distributed import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 from vla import InputError
 from vla.config import TrainConfig
@@ -20,10 +22,8 @@ def set_up(accelerator: Accelerator, config: TrainConfig) -> None:
     state, precision = accelerator.state, accelerator.mixed_precision
     if accelerator.distributed_type == DistributedType.NO:
         raise InputError("the environment asks for sharding of a process that is alone; start it by accelerate launch")
-    if accelerator.distributed_type == DistributedType.MULTI_CPU:  # accelerate shards on GPUs alone, though torch can
-        state.fsdp_plugin = FullyShardedDataParallelPlugin(cpu_offload=False)
-        state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
-    plugin = state.fsdp_plugin
+    on_cpu = accelerator.distributed_type == DistributedType.MULTI_CPU
+    plugin = FullyShardedDataParallelPlugin(cpu_offload=False) if on_cpu else state.fsdp_plugin
     if plugin.fsdp_version != 2:
         raise InputError(
             f"the YAML asks for FSDP version {plugin.fsdp_version}; set fsdp_version: 2 in its fsdp_config"
@@ -31,6 +31,8 @@ def set_up(accelerator: Accelerator, config: TrainConfig) -> None:
     for found, cure in {
         f"mixed_precision: {precision}": "" if precision in ("no", "bf16") else "set it to bf16 or no in the YAML",
         "fsdp_cpu_ram_efficient_loading": plugin.cpu_ram_efficient_loading and "set it to false in the YAML",
+        "fsdp_activation_checkpointing": plugin.activation_checkpointing
+        and "take it out of the YAML, and give --model.gradient_checkpointing",
         "parallelism_config": accelerator.parallelism_config and "take it out of the YAML",
         "--compile": config.compile and "leave it out",
         f"--eval.env {config.eval.env}": config.eval.env
@@ -38,8 +40,25 @@ def set_up(accelerator: Accelerator, config: TrainConfig) -> None:
     }.items():
         if cure:
             raise InputError(f"{found} does not go with a sharded policy (FSDP); {cure}")
+    if on_cpu:
+        # What accelerate does on GPUs alone; and the mesh, which torch would make of GPUs if it could use any.
+        state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+        state.fsdp_plugin, state.parallelism_config = plugin, ParallelismConfig()
+        names = tuple(state.parallelism_config.fsdp_dim_names)
+        state.device_mesh = init_device_mesh("cpu", (accelerator.num_processes,), mesh_dim_names=names)
     if precision == "bf16":
         # As autocast alone does it: gradients are added in float32; what goes in and comes out keeps its precision.
         plugin.mixed_precision_policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
+
+
+def follow(policy: nn.Module) -> None:
+    """Have what is sharded look anew which parameters are trained, once that has changed. Every process calls this.
+
+    What was frozen in its first pass would else not know in which precision its gradients are added.
+    """
+    for part in policy.modules():
+        if isinstance(part, FSDPModule):
+            part.unshard()
+            part.reshard()

@@ -42,14 +42,9 @@ def parameter_groups(policy: nn.Module, config: OptimConfig) -> list[dict]:
     return [group for group in groups.values() if group["params"]]
 
 
-def named_parameters(policy: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters by the names that they have in state_dict, also in blocks that accelerate has wrapped."""
-    return {name.replace("_checkpoint_wrapped_module.", ""): p for name, p in policy.named_parameters()}
-
-
 def trained_parameters(policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
     """An optimizer's parameters by name, in the order of its groups."""
-    names = {p: name for name, p in named_parameters(policy).items()}
+    names = {p: name for name, p in policy.named_parameters()}
     return {names[p]: p for group in optimizer.param_groups for p in group["params"]}
 
 
@@ -92,7 +87,7 @@ class EMA:
 
     def follow(self, policy: nn.Module) -> None:
         """Average what is trained now; what was not until now, from its present weights on."""
-        self.live = {name: p for name, p in named_parameters(policy).items() if p.requires_grad}
+        self.live = {name: p for name, p in policy.named_parameters() if p.requires_grad}
         new = {name: p.detach().clone() for name, p in self.live.items() if name not in self.average}
         self.average = {name: new[name] if name in new else self.average[name] for name in self.live}
 

@@ -31,7 +31,7 @@ from vla.shards import local, own, shard
 
 logger = logging.getLogger(__name__)
 FAILURES = 3  # saves in a row that may fail before the run stops
-PATIENCE = 600.0  # seconds for which a process may write longer than ten times as long as the main one
+PATIENCE = 600.0  # seconds, and ten times its own, for which the main process waits for what others write
 ALIGNMENT = 64  # bytes, of each tensor in the buffer
 
 
@@ -91,10 +91,12 @@ class Saver:
         random_states = gather_object([_random_state(self.accelerator.step)])  # nobody goes on before all are here
         if not main_process and not self.store:
             return
-        tensors = {"model": self.policy.own_state(), "optimizer": self.optimizer.state_dict()}
+        tensors = {"model": self.policy.own_state()}
         if self.store:
             moments = {name: self.optimizer.state.get(p, {}).items() for name, p in self.trained.items()}
             tensors["optimizer"] = {f"{name}/{kind}": value for name, has in moments.items() for kind, value in has}
+        else:
+            tensors["optimizer"] = self.optimizer.state_dict()
         if self.ema:
             tensors["ema"] = self.ema.average
         if self.accelerator.scaler:
