@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-sys.path += [str(ROOT), str(ROOT / "tests/model")]
+sys.path += [str(ROOT), str(ROOT / "tests")]
 import tiny  # noqa: E402
 
 REAL = {
