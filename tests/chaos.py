@@ -81,7 +81,7 @@ def record(path: Path) -> None:
     begin, Saver.save = Saver.save, save
     after(guard.Guard, "checked", learned)
     after(guard.Guard, "step", made)
-    after(checkpoint, "commit", lambda _, temporary, final: write("commit", int(final.name[-8:])))
+    after(checkpoint, "commit", lambda _, temporary, final, *others: write("commit", int(final.name[-8:])))
     if rank == 0:
         after(guard.Guard, "load", lambda _, guard, state: write("from", state["step"]))
 

@@ -1,17 +1,17 @@
 """Small data sets in which every number tells which frame of which data set it is."""
 
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vla.config import ModelConfig
 from vla.data.lerobot import LeRobotDataset
 from vla.data.mixture import Mixture
 from vla.data.stream import Samples
 from vla.data.write import LeRobotWriter
-from vla.model.backbone import tokenize
+from vla.model.backbone import LanguageModel
 
 LENGTHS = (5, 1, 7, 12, 3, 9, 4, 8)  # of the episodes: 49 frames
 CAMERAS = ("table", "gripper", "side")
@@ -59,7 +59,7 @@ def samples(data: LeRobotDataset | Mixture, episodes=None, shuffle: bool = True,
     mixture = data if isinstance(data, Mixture) else Mixture([data])
     episodes = [own.episodes for own in mixture.datasets] if episodes is None else episodes
     episodes = episodes if isinstance(data, Mixture) else np.reshape(episodes, (1, -1))
-    return Samples(mixture, episodes, partial(tokenize, length=12), CHUNK, seed, shuffle)
+    return Samples(mixture, episodes, LanguageModel(ModelConfig(max_tokens=12)).tokenize, CHUNK, seed, shuffle)
 
 
 def instruction(batch: dict, row: int) -> str:

@@ -22,25 +22,20 @@ THAWED = (*FROZEN, "--model.unfreeze", "language_model", "6", "vision_encoder", 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
     """models(family) -> the flags of a backbone of this family, made once; composed ones by their vision part."""
-    root, made = tmp_path_factory.mktemp("models"), {}
+    root = tmp_path_factory.mktemp("models")
+    whole = ("--model.language_layers", "0", "--model.vision_blocks", "1")  # in place of what small trainings have
+
+    def made(write, folder, *family):
+        return str(folder if folder.exists() else write(*family, folder))
 
     def flags(family):
-        if family in tiny.VISIONS:
-            made["language"] = made.get("language") or tiny.language(root / "language")
-            made[family] = made.get(family) or tiny.vision(family, root / family)
-            return ("--model.vision_backbone", made[family], "--model.language_backbone", made["language"])
-        made[family] = made.get(family) or tiny.vlm(family, root / family)
-        return ("--model.backbone", made[family])
+        if family in tiny.VLMS:
+            return ("--model.backbone", made(tiny.vlm, root / family, family), *whole)
+        vision = made(tiny.vision, root / family, family)
+        language = made(tiny.language, root / "language")
+        return ("--model.vision_backbone", vision, "--model.language_backbone", language, *whole)
 
     return flags
-
-
-@pytest.fixture(scope="session")
-def flags(flags):
-    """Those of every small training, less those of the built-in backbone."""
-    own = {"--model.vision_blocks", "--model.language_layers"}
-    pairs = zip(flags[::2], flags[1::2], strict=True)
-    return [word for pair in pairs if pair[0] not in own for word in pair]
 
 
 @pytest.mark.parametrize("family", [*tiny.VLMS, *tiny.VISIONS])
@@ -59,7 +54,7 @@ def test_each_family_learns_the_table(family, models, flags, tmp_path):
     ids=["dropout", "recomputed", "frozen", "thawed"],
 )
 def test_killed_and_resumed_run_equals_uninterrupted_run(own, processes, models, uninterrupted, flags, tmp_path):
-    own = (*map(str, models("qwen3_vl")), *own)
+    own = (*models("qwen3_vl"), *own)
     killed = train(*flags, *own, "--run_dir", tmp_path / "run", processes=processes, before=die_at(12))
     assert {child.code for child in killed} == {-signal.SIGKILL}
     for child in train("--resume_from", tmp_path / "run", processes=processes):
@@ -68,7 +63,7 @@ def test_killed_and_resumed_run_equals_uninterrupted_run(own, processes, models,
 
 
 def test_sharded_run_with_adapters_resumes_exactly(models, uninterrupted, flags, tmp_path):
-    own = (*map(str, models("paligemma")), *ADAPTERS)
+    own = (*models("paligemma"), *ADAPTERS)
     train(*flags, *own, "--run_dir", tmp_path / "run", processes=2, env=SHARDED, before=die_at(12))
     for child in train("--resume_from", tmp_path / "run", processes=2, env=SHARDED):
         child.ok()
@@ -79,7 +74,7 @@ def test_sharded_run_with_adapters_resumes_exactly(models, uninterrupted, flags,
 def test_checkpoint_holds_what_is_trained_alone_and_the_export_drives_without_network(models, flags, tmp_path):
     run, base = tmp_path / "run", tmp_path / "base"
     shutil.copytree(models("smolvlm")[1], base)
-    (child,) = train(*flags, "--model.backbone", base, *ADAPTERS, "--run_dir", run)
+    (child,) = train(*flags, *models("smolvlm"), "--model.backbone", base, *ADAPTERS, "--run_dir", run)
     assert f"pretrained {base}" in child.ok().stderr
     kept = load_file(run / "checkpoints/step_00000016/model.safetensors")
     assert all("lora_" in name or name.startswith(("action_head.", "state_norm.", "action_norm.")) for name in kept)
@@ -109,7 +104,7 @@ def test_merging_twice_gives_the_same_folder(models, flags, tmp_path):
 def test_run_does_not_go_on_with_other_weights_under_its_adapters(models, flags, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(models("smolvlm")[1], base)
-    train(*flags, "--model.backbone", base, *ADAPTERS, "--run_dir", tmp_path / "run")[0].ok()
+    train(*flags, *models("smolvlm"), "--model.backbone", base, *ADAPTERS, "--run_dir", tmp_path / "run")[0].ok()
     tiny.vlm("smolvlm", base, seed=1)
     (child,) = train("--resume_from", tmp_path / "run", "--steps", "20")
     assert child.code == 1
@@ -120,7 +115,7 @@ def test_run_does_not_go_on_with_other_weights_under_its_adapters(models, flags,
 def test_trained_backbone_goes_on_without_the_weights_that_it_began_with(models, flags, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(models("smolvlm")[1], base)
-    train(*flags, "--model.backbone", base, "--run_dir", tmp_path / "run")[0].ok()
+    train(*flags, *models("smolvlm"), "--model.backbone", base, "--run_dir", tmp_path / "run")[0].ok()
     shutil.rmtree(base)
     train("--resume_from", tmp_path / "run", "--steps", "20")[0].ok()
     VLAPolicy.from_pretrained(tmp_path / "run/export")
@@ -136,7 +131,7 @@ def test_unfrozen_parts_learn_from_their_step_on_and_not_before(models, flags, t
     assert parts[2] == parts[4] == own
     assert parts[6] == parts[8] == own | {"language_model"}
     assert parts[10] == parts[16] == own | {"language_model", "vision_encoder"}
-    base = load_file(models("smolvlm")[1] / "model.safetensors")
+    base = load_file(f"{models('smolvlm')[1]}/model.safetensors")
     name = "language_model.model.layers.0.mlp.up_proj.weight"
     before = base["model.text_model.layers.0.mlp.up_proj.weight"]
     assert files[6][name].equal(before)

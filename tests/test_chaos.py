@@ -39,7 +39,8 @@ def test_job_killed_at_random_instants_and_damaged_equals_uninterrupted_job(flag
         return kill
 
     def kill(when):
-        assert [child.code for child in start(when)] == [-signal.SIGKILL] * 2
+        ended = start(when)
+        assert [child.code for child in ended] == [-signal.SIGKILL] * 2, ended[0].stderr
 
     def in_a_save():
         return any((run / "checkpoints").glob(".saving_*"))

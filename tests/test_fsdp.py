@@ -56,11 +56,11 @@ def gathered(folder, kind="model"):
 def assert_same_training(run, other):
     """To rounding."""
     for name in ("train/loss", "train/grad_norm", "eval/loss", "eval/action_error"):
-        assert series(run, name) == pytest.approx(series(other, name), abs=1e-5), name
+        assert series(run, name) == pytest.approx(series(other, name), abs=5e-5), name
     assert result(run)["best_step"] == result(other)["best_step"]
     for kind in ("model", "ema"):
         expected = gathered(last(other), kind)
-        torch.testing.assert_close(gathered(last(run), kind), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(gathered(last(run), kind), expected, rtol=0, atol=5e-5)
 
 
 # ---- The training.

@@ -2,7 +2,6 @@
 
 import itertools
 import time
-from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,11 +10,12 @@ import torch
 from numbered import CHUNK, LENGTHS, SEED, edit, equal, instruction, samples, write
 
 from vla import InputError, keyed
+from vla.config import ModelConfig
 from vla.data.lerobot import LeRobotDataset
 from vla.data.mixture import Mixture
 from vla.data.stats import statistics
 from vla.data.stream import Samples, split, summary, training_positions
-from vla.model.backbone import tokenize
+from vla.model.backbone import LanguageModel
 
 TRAIN = np.array([0, 1, 3, 4, 5, 7])  # 38 frames
 GLOBAL_BATCH = 8
@@ -38,7 +38,8 @@ def test_a_far_position_of_a_billion_frames_costs_nothing_and_does_not_depend_on
     episodes = np.arange(1000)
     spans = {"episode_from": episodes * 10**6, "episode_to": (episodes + 1) * 10**6}
     huge = SimpleNamespace(**spans, instructions=["carry the cube"], cameras=(), image_size=(4, 6))
-    huge = Samples(Mixture([huge]), [episodes], partial(tokenize, length=16), CHUNK, SEED, shuffle=True)
+    tokenize = LanguageModel(ModelConfig(max_tokens=16)).tokenize
+    huge = Samples(Mixture([huge]), [episodes], tokenize, CHUNK, SEED, shuffle=True)
     position = torch.arange(10**12, 10**12 + 5000)
     started = time.perf_counter()
     together = huge.frames(position)[1]

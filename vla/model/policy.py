@@ -82,7 +82,6 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
         self._freeze, self._unfreeze = model.freeze, dict(model.unfreeze)
         if self.backbone:
             never |= set(pretrained.unused(self.vision_encoder, config.image_size))
-        if self.backbone and not model.random_backbone:
             base = {*parts["vision_encoder"].parameters(), *parts["language_model"].parameters()} - never
         if config.lora.rank:
             for name in config.lora.modules:
@@ -96,6 +95,8 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
             for name in {*model.freeze, *config.lora.modules * bool(config.lora.rank)} & parts.keys():
                 for p in base & set(parts[name].parameters()):
                     p.data = p.data.bfloat16()
+        if model.random_backbone:
+            self._base = set()  # these are loaded from nowhere
 
     def layers(self) -> list[nn.Module]:
         """The repeated blocks of all parts, which are computed again, or sharded, one by one."""
