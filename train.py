@@ -25,20 +25,19 @@ def main(config: TrainConfig) -> None:
 
     # Imports that take seconds come after the flags were read, so that --help and a wrong flag answer at once.
     import torch
-    from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.utils import set_seed
-    from torch.distributed.fsdp import register_fsdp_forward_method
 
-    from vla import checkpoint, evaluate, fsdp, rollout, shards
+    from vla import checkpoint, evaluate, rollout, shards
     from vla.data.augment import augment
     from vla.data.loader import loader
     from vla.data.mixture import open_datasets
     from vla.data.stream import Samples, split, summary, training_positions
     from vla.export import export, init_from
     from vla.guard import Guard, Signals
+    from vla.learner import Learner, accelerate
     from vla.log import RunLog
     from vla.model import DatasetSpec, PolicyConfig, VLAPolicy
-    from vla.optim import EMA, adamw, parameter_groups, schedule
+    from vla.optim import schedule
     from vla.saver import FAILURES, Saver
 
     # ---- What can be wrong with the input is found here, before any process group exists.
@@ -81,31 +80,11 @@ def main(config: TrainConfig) -> None:
     if config.eval.env:
         policy.drive(rollout.check_fits(policy.config, config.eval.env, config.eval.dataset))
 
-    # ---- Accelerator. It does not get the loader, whose order is arithmetic (vla/data/stream.py), nor the schedule.
-    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
-    accelerator = Accelerator(gradient_accumulation_steps=accumulation, project_dir=run_dir, kwargs_handlers=[ddp])
-    if accelerator.gradient_accumulation_steps != accumulation:
-        raise InputError(
-            f"gradient_accumulation_steps is set to {accelerator.gradient_accumulation_steps} by YAML or environment, "
-            f"but it follows from the batch sizes and is {accumulation}; take it out of there"
-        )
-    if accelerator.num_processes != world_size:
-        raise InputError(
-            f"{world_size} processes were launched, but each would train alone on {accelerator.device.type}: "
-            "the YAML is for GPUs that are not here; take another, or set ACCELERATE_USE_CPU=true"
-        )
+    # ---- What learns, on all processes.
+    accelerator = accelerate(config, accumulation, world_size)
     device, main_process = accelerator.device, accelerator.is_main_process
-    fsdp.set_up(accelerator, config)
-    if config.compile:
-        policy.compile()  # in place, so that the names of saved weights stay as they are
-    policy.freeze_at(math.inf)  # what will be trained at some time is in the optimizer from the start
-    groups = parameter_groups(policy, config.optim)
-    policy.freeze_at(0)
-    model, optimizer = accelerator.prepare(policy, adamw(groups, config.optim))
-    register_fsdp_forward_method(policy, "predict_chunk")  # which needs the weights as forward does
-    optimized = {p for group in optimizer.param_groups for p in group["params"]}
-    trained = [p for p in policy.parameters() if p in optimized]
-    ema = EMA(policy, config.optim.ema) if config.optim.ema else None
+    learner = Learner(accelerator, policy, config, example=lambda: train_samples.batch(range(micro_batch)))
+    ema = learner.ema
 
     # ---- Resume: one integer places the data, the learning rate and the logs.
     unjudged = {"best": None, "best_step": None, "evaluations_since_best": 0, "evaluated": None}
@@ -114,31 +93,8 @@ def main(config: TrainConfig) -> None:
     state |= {"skipped_updates": 0, "bad_in_a_row": 0, "loss_average": 0.0}
     state |= {"data": digests, "base": policy.config.base}
 
-    def train_from(step: int) -> None:
-        """Train what is to be trained from this step on; all processes agree on it anew if that has changed."""
-        nonlocal model, optimizer
-        changed = policy.freeze_at(step)
-        if ema:
-            ema.follow(policy)
-        if changed:
-            fsdp.follow(policy)
-        if changed and model is not policy:
-            accelerator.free_memory()
-            model, optimizer = accelerator.prepare(accelerator.unwrap_model(model, False), optimizer.optimizer)
-            first_backward()
-
-    def first_backward() -> None:
-        """DDP sorts its buckets by its first backward pass, and gradients added in another order have other bits. That
-        pass is made here and forgotten, so that a resumed run adds like one that was not stopped."""
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            batch = train_samples.batch(range(micro_batch))
-            accelerator.backward(model({name: value.to(device) for name, value in batch.items()})["loss"])
-            optimizer.zero_grad()
-
     def restored(resume_from: str, passed_over: Iterable[Path] = ()) -> tuple[dict, Path]:
-        saved, path = checkpoint.restore(
-            *(accelerator, policy, optimizer, ema, resume_from, checkpoints, passed_over), train_from
-        )
+        saved, path = checkpoint.restore(learner, resume_from, checkpoints, passed_over)
         if saved["metric"] != config.eval.metric:  # what was best by another measure tells nothing
             saved |= unjudged
         return saved, path
@@ -152,15 +108,13 @@ def main(config: TrainConfig) -> None:
         raise InputError(f"--steps {steps} is behind the checkpoint, which is of step {first_step}; give at least that")
     if main_process:
         options.save(config, run_dir / "config.json")
-
         policy.save_backbone(run_dir / "backbone")
-    if model is not policy:
-        first_backward()
+    learner.sort_buckets()
 
     log = RunLog(accelerator, config, first_step, steps, evaluated=state["evaluated"] == first_step)
     log.say(
         f"{summary(train_samples, val_samples)}\n"
-        f"policy     {config.model.head} head, {sum(p.numel() for p in trained if p.requires_grad):,} of "
+        f"policy     {config.model.head} head, {sum(p.numel() for p in learner.trained if p.requires_grad):,} of "
         f"{sum(p.numel() for p in policy.parameters()):,} parameters trained; {origin}\n"
         f"batch      {config.global_batch_size} = {micro_batch} x {accelerator.num_processes} processes x "
         f"{accumulation} micro-batches, {device.type}, precision {accelerator.mixed_precision}\n"
@@ -170,7 +124,7 @@ def main(config: TrainConfig) -> None:
     guard = Guard(accelerator, config.guard, signals, log.say, train_samples.describe)
     guard.load(state)
     saver = Saver(
-        *(accelerator, checkpoints, policy, optimizer, ema, config.checkpoint),
+        *(accelerator, checkpoints, policy, learner.optimizer, ema, config.checkpoint),
         alive=lambda: guard.go_on("waiting for a checkpoint to be written"),
     )
 
@@ -256,6 +210,7 @@ def main(config: TrainConfig) -> None:
             break
 
         rate = schedule(config.optim, step, steps)
+        model, optimizer = learner.model, learner.optimizer
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * rate
 
@@ -274,12 +229,12 @@ def main(config: TrainConfig) -> None:
                 loss = guard.checked(output["loss"], output.pop("sample_loss"), batch["position"])
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(trained, config.optim.clip or math.inf)
+                    norm = accelerator.clip_grad_norm_(learner.trained, config.optim.clip or math.inf)
                     norm = shards.whole(norm).to(device)
                     bad = guard.judged(norm)
                     if accelerator.scaler is None:  # the fp16 scaler does the same by itself
                         # A fused step then leaves the weights alone, without a wait.
-                        optimizer.optimizer.found_inf = bad.to(trained[0].device)
+                        optimizer.optimizer.found_inf = bad.to(learner.trained[0].device)
                     if config.optim.eight_bit and bad:  # bitsandbytes leaves weights alone that have no gradient
                         optimizer.zero_grad()
                 optimizer.step()
@@ -290,7 +245,7 @@ def main(config: TrainConfig) -> None:
             ema.update(step)
         step += 1
         if step in dict(config.model.unfreeze).values():
-            train_from(step)
+            learner.train_from(step)
         guard.step(step, saver.given_up)
         log.step()
 
@@ -327,9 +282,8 @@ def main(config: TrainConfig) -> None:
     log.close()
     accelerator.wait_for_everyone()
     guard.watchdog.close()
-    # They and the model hold DDP's reducer, which has to go before the process group: else its end could hang.
-    output = loss = None
-    model, optimizer = accelerator.free_memory(model, optimizer)
+    output = loss = model = None  # they hold DDP too
+    learner.close()
     accelerator.end_training()
 
 

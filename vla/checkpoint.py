@@ -38,6 +38,7 @@ from torch import Tensor
 
 from vla import InputError, shards
 from vla.config import CheckpointConfig
+from vla.learner import Learner
 from vla.model.policy import VLAPolicy
 from vla.optim import EMA, trained_parameters
 from vla.shards import Rows, files
@@ -249,27 +250,19 @@ def _no_moments(p: Tensor) -> dict[str, Tensor]:
     return {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
 
 
-def restore(
-    accelerator: Accelerator,
-    policy: VLAPolicy,
-    optimizer: torch.optim.Optimizer,
-    ema: EMA | None,
-    resume_from: str,
-    folder: Path,
-    passed_over: Iterable[Path] = (),
-    train_from: Callable[[int], object] = lambda step: None,
-) -> tuple[dict, Path]:
+def restore(learner: Learner, resume_from: str, folder: Path, passed_over: Iterable[Path] = ()) -> tuple[dict, Path]:
     """Find, verify, load, on all processes together. Returns the `state` given to `save`, and the checkpoint.
 
-    train_from is told the step of a checkpoint before it is loaded. If loading fails on any process, all load the next
-    older checkpoint, whole. Raises InputError if none is left, and at once for a checkpoint that was named.
+    If loading fails on any process, all load the next older checkpoint, whole. Raises InputError if none is left, and
+    at once for a checkpoint that was named.
     """
+    accelerator = learner.accelerator
     passed_over = set(passed_over)
     while True:
         path, state, problem = find_together(accelerator, resume_from, folder, passed_over), None, ""
-        train_from(int(path.name[-8:]))
+        learner.train_from(int(path.name[-8:]))  # as it was trained then
         try:
-            state = load(accelerator, policy, optimizer, ema, path)
+            state = load(accelerator, learner.policy, learner.optimizer, learner.ema, path)
         except Exception as failure:  # by every kind of damage another one; all processes must hear of it
             problem = f"{path} cannot be loaded: {in_one_line(failure)}"
         problem = next(filter(None, gather_object([problem])), "")

@@ -1,0 +1,90 @@
+"""What learns, as the processes share it: the policy, its optimizer and its average, prepared by accelerate."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from torch import Tensor
+from torch.distributed.fsdp import register_fsdp_forward_method
+
+from vla import InputError, fsdp
+from vla.config import TrainConfig
+from vla.model import VLAPolicy
+from vla.optim import EMA, adamw, parameter_groups
+
+
+def accelerate(config: TrainConfig, accumulation: int, world_size: int) -> Accelerator:
+    """The accelerator that the YAML asks for. Raises InputError if it is not the one that was launched.
+
+    It does not get the loader, whose order is arithmetic (vla/data/stream.py), nor the schedule (vla/optim.py).
+    """
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
+    folder = Path(config.run_dir)
+    accelerator = Accelerator(gradient_accumulation_steps=accumulation, project_dir=folder, kwargs_handlers=[ddp])
+    if accelerator.gradient_accumulation_steps != accumulation:
+        raise InputError(
+            f"gradient_accumulation_steps is set to {accelerator.gradient_accumulation_steps} by YAML or environment, "
+            f"but it follows from the batch sizes and is {accumulation}; take it out of there"
+        )
+    if accelerator.num_processes != world_size:
+        raise InputError(
+            f"{world_size} processes were launched, but each would train alone on {accelerator.device.type}: "
+            "the YAML is for GPUs that are not here; take another, or set ACCELERATE_USE_CPU=true"
+        )
+    fsdp.set_up(accelerator, config)
+    return accelerator
+
+
+class Learner:
+    """The policy as all processes see it (`model`), the optimizer of all that will ever be trained, and the average.
+
+    example: makes a batch of the size of a micro-batch.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, policy: VLAPolicy, config: TrainConfig, example: Callable[[], dict[str, Tensor]]
+    ):
+        self.accelerator, self.policy, self.example = accelerator, policy, example
+        if config.compile:
+            policy.compile()  # in place, so that the names of saved weights stay as they are
+        policy.freeze_at(math.inf)
+        optimizer = adamw(parameter_groups(policy, config.optim), config.optim)
+        policy.freeze_at(0)
+        self.model, self.optimizer = accelerator.prepare(policy, optimizer)
+        register_fsdp_forward_method(policy, "predict_chunk")  # which needs the weights as forward does
+        trained = {p for group in self.optimizer.param_groups for p in group["params"]}
+        self.trained = [p for p in policy.parameters() if p in trained]
+        self.ema = EMA(policy, config.optim.ema) if config.optim.ema else None
+
+    def train_from(self, step: int) -> None:
+        """Train what is to be trained from this step on. Every process calls this."""
+        changed = self.policy.freeze_at(step)
+        if self.ema:
+            self.ema.follow(self.policy)
+        if changed:
+            fsdp.follow(self.policy)
+        if changed and self.model is not self.policy:  # DDP only knows what was trained when it was made
+            self.accelerator.free_memory()
+            policy = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            self.model, self.optimizer = self.accelerator.prepare(policy, self.optimizer.optimizer)
+            self.sort_buckets()
+
+    def sort_buckets(self) -> None:
+        """Make DDP's first backward pass, and forget it. Every process calls this.
+
+        DDP sorts its buckets by that pass, and gradients added in another order have other bits: so a resumed run adds
+        like one that was not stopped.
+        """
+        if self.model is self.policy:
+            return
+        device = self.accelerator.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            batch = {name: value.to(device) for name, value in self.example().items()}
+            self.accelerator.backward(self.model(batch)["loss"])
+            self.optimizer.zero_grad()
+
+    def close(self) -> None:
+        """Let go of DDP, which has to go before the process group: else its end could hang."""
+        self.model, self.optimizer = self.accelerator.free_memory(self.model, self.optimizer)
