@@ -139,3 +139,8 @@ def test_unfrozen_parts_learn_from_their_step_on_and_not_before(models, flags, t
     assert {"lr/language_model", "lr/vision_encoder"} <= {name for line in metrics(run) for name in line}
     assert json.loads((run / "checkpoints/step_00000004/config.json").read_text())["base"]
     assert not json.loads((run / "checkpoints/step_00000016/config.json").read_text())["base"]
+
+
+def test_policy_of_its_own_imports_no_library_of_pretrained_models():
+    code = "import sys, vla.learner, vla.export; print({'transformers', 'peft', 'bitsandbytes'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"

@@ -126,6 +126,16 @@ def test_skipped_updates_leave_everything_as_it_was_and_are_counted(micro, flags
     assert all(torch.isfinite(value).all() for value in weights(tmp_path / "run", "ema.safetensors").values())
 
 
+def test_optimizer_of_eight_bits_skips_updates_too(flags, tmp_path):
+    own = ["--optim.eight_bit", "--checkpoint.every", 1, "--checkpoint.keep", 99, "--model.width", 64]
+    (child,) = train(*flags, *own, "--run_dir", tmp_path / "run", before=spoil([3 * 12]))
+    child.ok()
+    folders = checkpoint.all_steps(tmp_path / "run/checkpoints")
+    saved = {step: load_file(path / "model.safetensors") for step, path in folders.items()}
+    same = [all(torch.equal(saved[step][name], saved[step - 1][name]) for name in saved[1]) for step in range(2, 17)]
+    assert same == [step == 4 for step in range(2, 17)]
+
+
 def test_metrics_are_json_even_where_a_loss_is_not_finite(flags, tmp_path):
     def refuse(constant):
         raise ValueError(f"{constant} is not JSON")

@@ -1,12 +1,14 @@
 import itertools
 import math
+import sys
 
 import pytest
 import torch
 
+from vla import InputError
 from vla.config import MODULES, LossConfig, ModelConfig, OptimConfig
 from vla.model import DatasetSpec, PolicyConfig, VLAPolicy
-from vla.optim import EMA, parameter_groups, schedule
+from vla.optim import EMA, adamw, parameter_groups, schedule
 from vla.shards import Rows
 
 # Parameters of two and more dimensions that are no weights of linear maps or convolutions.
@@ -85,6 +87,13 @@ def test_frozen_modules_are_in_no_group(frozen):
     assert {group.removesuffix("/no_decay") for group in names} == set(MODULES) - set(frozen)
     expected = [name for name, _ in policy.named_parameters() if not name.startswith(frozen)]
     assert sorted(name for group in names.values() for name in group) == sorted(expected)
+
+
+def test_moments_in_eight_bits_without_the_library_for_them_are_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    config = OptimConfig(eight_bit=True)
+    with pytest.raises(InputError, match=r"--optim\.eight_bit needs bitsandbytes"):
+        adamw(parameter_groups(tiny(), config), config)
 
 
 QUARTER = (1 + math.sqrt(0.5)) / 2  # of a half cosine that is left at a quarter of the way

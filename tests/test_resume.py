@@ -6,12 +6,15 @@ import sys
 
 import psutil
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils._pytree import tree_leaves
 from training import (
     LAUNCH,
     TWO_PROCESSES,
     assert_equal,
     die_at,
+    last,
     metrics,
     result,
     series,
@@ -38,6 +41,16 @@ def test_resumed_run_equals_uninterrupted_run(workers, stop, accumulation, unint
     (resumed,) = train("--resume_from", run)
     assert f"resumed from {run}/checkpoints/step_{stop:08d}" in resumed.ok().stderr
     assert_equal(run, uninterrupted(*micro))
+
+
+def test_moments_of_eight_bits_are_resumed_bit_for_bit(uninterrupted, flags, tmp_path):
+    own = ("--optim.eight_bit", "--model.width", "64")
+    train(*flags, *own, "--run_dir", tmp_path / "run", before=die_at(7))
+    (resumed,) = train("--resume_from", tmp_path / "run")
+    resumed.ok()
+    assert_equal(tmp_path / "run", uninterrupted(*own))
+    moments = torch.load(last(tmp_path / "run") / "optimizer.bin", weights_only=True)["state"]
+    assert torch.uint8 in {leaf.dtype for leaf in tree_leaves(moments) if isinstance(leaf, torch.Tensor)}
 
 
 def test_run_resumed_with_other_workers_equals_uninterrupted_run(uninterrupted, flags, tmp_path):

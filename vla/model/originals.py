@@ -38,6 +38,9 @@ class Originals:
             return read(name)
         except Exception as failure:  # by every kind of damage and of network another one
             reason = str(failure).strip().partition("\n")[0]
+            if "attn_implementation" in reason:  # Gemma 2 in PaliGemma 2
+                problem = f"has no attention of the kind {self.settings.attention}; give --model.attention eager"
+                raise InputError(f"--model.{flag} {name} {problem}") from None
             raise InputError(
                 f"--model.{flag} {name}: {what} cannot be read ({type(failure).__name__}: {reason}); give a folder of "
                 "a transformers model, or owner/name on the Hugging Face hub"
