@@ -1,5 +1,6 @@
 """What pretrained models consist of, on a disk or on the Hugging Face hub."""
 
+import contextlib
 import hashlib
 import json
 from pathlib import Path
@@ -33,7 +34,8 @@ class Originals:
         if self.saved and what != "weights":
             name = str(_place(self.saved, flag))
         if name.startswith((".", "/", "~")) and not Path(name).is_dir():
-            raise InputError(f"--model.{flag} {name}: there is no such folder; correct it")
+            cure = "give the one where it lies now, or for an export write that in its config.json"
+            raise InputError(f"--model.{flag} {name}: there is no such folder; {cure}")
         try:
             return read(name)
         except Exception as failure:  # by every kind of damage and of network another one
@@ -96,11 +98,9 @@ class Originals:
         if hasattr(config, "vision_config") and flag == "vision_backbone":
             config.vision_config.vision_use_head = False  # SigLIP's, for the whole image; patches are all we take
         if not self.weights or settings.random_backbone:
-            if self.weights:
-                return auto.from_config(config, **options)
-            with no_init_weights():
-                made = auto.from_config(config, **options)
-            made.tie_weights()  # which is left out with the rest
+            with contextlib.nullcontext() if self.weights else no_init_weights():
+                made = self._read(flag, "architecture", lambda _: auto.from_config(config, **options))
+            made.tie_weights()  # which may have been left out
             return made
         options |= {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True}  # told below
         logging.set_verbosity_error()  # what it says of weights that were cut off, and its bar, are of no use here
