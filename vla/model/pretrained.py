@@ -9,6 +9,7 @@ K layers of the decoder that get image features of their own (Qwen3-VL), V vocab
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +64,8 @@ class VisionEncoder(nn.Module):
     def __init__(self, model: nn.Module, pixels: Pixels):
         super().__init__()
         self.model, self.pixels, self.kind = model, pixels, model.config.model_type
+        grid = [1, *(size // model.config.vision_config.patch_size for size in pixels.size)]  # frames, rows, columns
+        self.register_buffer("grid", torch.tensor([grid]), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """uint8 [B, N, 3, h, w] -> [B, N · I, D · (1 + K)]: the tokens, beside those for the decoder's first layers."""
@@ -75,10 +78,8 @@ class VisionEncoder(nn.Module):
             features = self.model.get_image_features(pixels)
         else:
             vision = self.model.config.vision_config
-            grid = [1, *(size // vision.patch_size for size in self.pixels.size)]
             flat = patches(pixels, vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
-            grids = torch.tensor([grid], device=images.device).expand(B * N, -1)
-            features = self.model.get_image_features(flat, grids)
+            features = self.model.get_image_features(flat, self.grid.expand(B * N, -1))
         levels = [features.pooler_output, *(getattr(features, "deepstack_features", None) or [])]
         levels = [level if isinstance(level, Tensor) else torch.cat(level) for level in levels]
         return torch.cat([level.reshape(B, -1, level.shape[-1]) for level in levels], dim=-1)
@@ -91,19 +92,17 @@ class PatchEncoder(nn.Module):
         super().__init__()
         self.model, self.pixels, self.patch = model, pixels, model.config.patch_size
         self.grid = tuple(size // self.patch for size in pixels.size)
+        self.register_buffer("shape", torch.tensor([self.grid]), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """uint8 [B, N, 3, h, w] -> features of the patches [B, N · I, width]."""
         pixels = self.pixels(images.flatten(0, 1)).to(next(self.model.parameters()).dtype)  # [B · N, 3, H, W]
         if self.model.config.model_type.startswith("siglip2"):  # of any aspect: it takes flat patches and their grid
-            B, (rows, columns) = len(pixels), self.grid
-            grid = pixels.unfold(2, self.patch, self.patch).unfold(
-                3, self.patch, self.patch
-            )  # [B, 3, rows, columns, p, p]
-            flat = grid.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)  # [B, I, p · p · 3]
-            mask = torch.ones(B, rows * columns, dtype=torch.int64, device=images.device)
-            shapes = torch.tensor([[rows, columns]], device=images.device).expand(B, -1)
-            features = self.model(flat, mask, shapes).last_hidden_state
+            p, count = self.patch, len(pixels)
+            grid = pixels.unfold(2, p, p).unfold(3, p, p)  # [B · N, 3, rows, columns, p, p]
+            flat = grid.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)  # [B · N, I, p · p · 3]
+            mask = torch.ones(flat.shape[:2], dtype=torch.int64, device=flat.device)
+            features = self.model(flat, mask, self.shape.expand(count, -1)).last_hidden_state
         else:
             features = self.model(pixels).last_hidden_state
         features = features[:, -self.grid[0] * self.grid[1] :]  # behind the tokens for the whole image, if any
@@ -121,6 +120,15 @@ class Projector(nn.Sequential):
         return super().forward(features.to(self[0].weight.dtype))
 
 
+class Layout(NamedTuple):
+    """What comes before the instruction, the same for all samples, and the positions of all."""
+
+    ids: Tensor  # int64 [S - T], of any token where image tokens will stand
+    camera: Tensor  # int64 [S - T], 1 + n for what belongs to camera n, else 0
+    places: Tensor  # int64 [N · I], of the image tokens
+    positions: Tensor  # int64 [1, S] or [3, 1, S]
+
+
 class LanguageModel(nn.Module):
     """A pretrained decoder over [start | images with their marks | instruction], always of the same length.
 
@@ -128,20 +136,13 @@ class LanguageModel(nn.Module):
     """
 
     def __init__(
-        self,
-        decoder: nn.Module,
-        out: nn.Module | None,
-        tokenizer,
-        family: Family,
-        layout: "Layout",
-        config: ModelConfig,
+        self, decoder: nn.Module, out: nn.Module | None, tokenizer, family: Family, layout: Layout, config: ModelConfig
     ):
         super().__init__()
-        self.model, self.next_token = decoder, out
-        self.tokenizer, self.family, self.layout, self.config = tokenizer, family, layout, config
-        self.width = decoder.config.hidden_size
-        for name in ("ids", "camera", "places", "positions"):
-            self.register_buffer(name, getattr(layout, name), persistent=False)
+        self.model, self.next_token, self.width = decoder, out, decoder.config.hidden_size
+        self.tokenizer, self.family, self.config = tokenizer, family, config
+        for name, value in layout._asdict().items():
+            self.register_buffer(name, value, persistent=False)
 
     def tokenize(self, instructions: list[str]) -> tuple[Tensor, Tensor]:
         """int64 [B, T] and mask bool [B, T], T fixed. Raises InputError for an instruction that does not fit."""
@@ -208,11 +209,9 @@ class LanguageModel(nn.Module):
             if not self.family.causal:  # images see each other
                 order[: len(self.ids), : len(self.ids)] = True
             attend = attend & order | torch.eye(S, dtype=torch.bool, device=mask.device)  # a row of nothing gives NaN
-        return (
-            attend
-            if self.config.attention == "sdpa"
-            else torch.zeros_like(attend, dtype=dtype).masked_fill(~attend, torch.finfo(dtype).min)
-        )
+        if self.config.attention == "sdpa":
+            return attend
+        return torch.zeros_like(attend, dtype=dtype).masked_fill(~attend, torch.finfo(dtype).min)
 
     def _loss(self, hidden: Tensor, tokens: Tensor, token_mask: Tensor) -> Tensor:
         """Cross-entropy of each next token, meaned over each sample's own. hidden: [B, T - 1, D] -> [B]."""
@@ -221,16 +220,6 @@ class LanguageModel(nn.Module):
         error = F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
         valid = token_mask[:, 1:].float()
         return (error * valid).sum(1) / valid.sum(1).clamp(min=1)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What comes before the instruction, the same for all samples, and the positions of all."""
-
-    ids: Tensor  # int64 [S - T], of any token where image tokens will stand
-    camera: Tensor  # int64 [S - T], 1 + n for what belongs to camera n, else 0
-    places: Tensor  # int64 [N · I], of the image tokens
-    positions: Tensor  # int64 [1, S] or [3, 1, S]
 
 
 def _layout(tokenizer, family: Family, image_tokens: int, cameras: int, first: int, max_tokens: int) -> Layout:
@@ -370,4 +359,4 @@ def _in_space(base: nn.Module, layout: Layout, grid: list[int]) -> Layout:
     kinds[:, layout.places] = 1  # images; the rest is text
     grids = torch.tensor([grid]).expand(int(layout.camera.max()), -1)
     positions, _ = base.get_rope_index(torch.zeros_like(kinds), mm_token_type_ids=kinds, image_grid_thw=grids)
-    return replace(layout, positions=positions)
+    return layout._replace(positions=positions)
