@@ -63,6 +63,7 @@ def main(config: TrainConfig) -> None:
     # Pretrained weights that are trained come from the checkpoint, those that are not from where they came from.
     saved, needed = (run_dir / "backbone", config.model.freeze or config.lora.rank) if resuming else (None, True)
     policy = VLAPolicy(PolicyConfig(config.model, data.cameras, data.image_size, specs, config.lora), saved, needed)
+    policy.spare_unused()
     if resuming and needed:
         checkpoint.check_origin(checkpoints, "base", policy.config.base)
     halves = [split(dataset.episodes, config.data.val_fraction, config.seed) for dataset in data.datasets]
@@ -277,7 +278,8 @@ def main(config: TrainConfig) -> None:
             state["best_step"] = int(best.name[-8:])  # another one if the save of the best has failed
             card = f"Trained on {', '.join(spec.name for spec in specs)}; the best of {step} steps of "
             card += f"{config.global_batch_size} samples was step {state['best_step']}."
-            export(best, run_dir / "export", card)
+            flags = ("backbone", "vision_backbone", "language_backbone")
+            export(best, run_dir / "export", card, **{name: getattr(config.model, name) for name in flags})
         log.result(state)
     log.close()
     accelerator.wait_for_everyone()

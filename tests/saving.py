@@ -12,6 +12,9 @@ class Policy(torch.nn.Linear):
     def own_state(self):
         return self.state_dict()
 
+    def keep(self, names):
+        pass
+
     def own_config(self):
         return CheckpointConfig()
 

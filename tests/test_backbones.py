@@ -1,6 +1,5 @@
 """Training on pretrained backbones, from the first step to the export: tiny models of each family, in train.py."""
 
-import json
 import os
 import shutil
 import signal
@@ -10,7 +9,8 @@ import sys
 import pytest
 import tiny
 from safetensors.torch import load_file
-from training import SHARDED, assert_equal, die_at, metrics, run_module, series, train
+from test_guard import spoil
+from training import SHARDED, assert_equal, die_at, metrics, result, run_module, series, train
 
 from vla.model import VLAPolicy
 
@@ -127,20 +127,71 @@ def test_unfrozen_parts_learn_from_their_step_on_and_not_before(models, flags, t
     train(*flags, *models("smolvlm"), *THAWED, *keep, "--run_dir", run)[0].ok()
     files = {step: load_file(run / f"checkpoints/step_{step:08d}/model.safetensors") for step in (2, 4, 6, 8, 10, 16)}
     parts = {step: {name.partition(".")[0] for name in kept} for step, kept in files.items()}
-    own = {"action_head", "state_norm", "action_norm"}
-    assert parts[2] == parts[4] == own
-    assert parts[6] == parts[8] == own | {"language_model"}
-    assert parts[10] == parts[16] == own | {"language_model", "vision_encoder"}
+    everything = {"action_head", "state_norm", "action_norm", "language_model", "vision_encoder"}
+    assert all(found == everything for found in parts.values())  # as soon as a part will ever be trained
     base = load_file(f"{models('smolvlm')[1]}/model.safetensors")
     name = "language_model.model.layers.0.mlp.up_proj.weight"
     before = base["model.text_model.layers.0.mlp.up_proj.weight"]
     assert files[6][name].equal(before)
     assert not files[8][name].equal(before)
     assert {"lr/language_model", "lr/vision_encoder"} <= {name for line in metrics(run) for name in line}
-    assert json.loads((run / "checkpoints/step_00000004/config.json").read_text())["base"]
-    assert not json.loads((run / "checkpoints/step_00000016/config.json").read_text())["base"]
 
 
 def test_policy_of_its_own_imports_no_library_of_pretrained_models():
     code = "import sys, vla.learner, vla.export; print({'transformers', 'peft', 'bitsandbytes'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
+def test_weights_from_elsewhere_stay_under_frozen_parts_and_adapters(models, flags, tmp_path):
+    own = (*models("smolvlm"), "--steps", "4")
+    train(*flags, *own, "--optim.lr", "1e-2", "--run_dir", tmp_path / "first")[0].ok()
+    learned = load_file(tmp_path / "first/export/model.safetensors")
+    for run, parts in (("frozen", FROZEN), ("adapted", ADAPTERS)):
+        run = tmp_path / run
+        train(*flags, *own, *parts, "--init_from", tmp_path / "first/export", "--run_dir", run)[0].ok()
+        train("--resume_from", run, "--steps", "6")[0].ok()
+        exported = VLAPolicy.from_pretrained(run / "export").state_dict()
+        same = [
+            exported[name].equal(learned[name.replace(".base_layer", "")])
+            for name in exported
+            if "up_proj" in name and "lora" not in name
+        ]
+        assert same
+        assert all(same)
+
+
+def test_adapters_of_other_weights_or_settings_are_refused(models, flags, tmp_path):
+    other = tiny.vlm("smolvlm", tmp_path / "other", seed=1)
+    train(*flags, *models("smolvlm"), *ADAPTERS, "--run_dir", tmp_path / "first")[0].ok()
+    begin = (*flags, "--init_from", tmp_path / "first/export", "--run_dir", tmp_path / "second")
+    for own in ((), ("--lora.rank", "8"), (*ADAPTERS, "--model.backbone", other)):
+        (child,) = train(*begin, *models("smolvlm"), *own)
+        assert child.code == 1
+        assert "has adapters of other settings (--lora) or on other weights (--model.backbone)" in child.stderr
+
+
+def test_run_whose_base_has_moved_goes_on_and_exports(models, flags, tmp_path):
+    shutil.copytree(models("smolvlm")[1], tmp_path / "base")
+    train(*flags, *models("smolvlm"), "--model.backbone", tmp_path / "base", *ADAPTERS, "--run_dir", tmp_path / "run")[
+        0
+    ].ok()
+    (tmp_path / "base").rename(tmp_path / "moved")
+    train("--resume_from", tmp_path / "run", "--steps", "18", "--model.backbone", tmp_path / "moved")[0].ok()
+    assert VLAPolicy.from_pretrained(tmp_path / "run/export").config.model.backbone == str(tmp_path / "moved")
+
+
+def test_run_that_has_its_whole_backbone_keeps_its_kind(models, flags, tmp_path):
+    train(*flags, *models("smolvlm"), "--run_dir", tmp_path / "run")[0].ok()
+    (child,) = train("--resume_from", tmp_path / "run", "--steps", "18", "--model.backbone", models("paligemma")[1])
+    assert child.code == 1
+    assert "these flags disagree: --model.backbone" in child.stderr
+
+
+def test_run_that_goes_back_to_before_parts_were_trained_has_them_as_they_were(models, flags, tmp_path):
+    back = ("--guard.bad_steps", "2", "--checkpoint.every", "5", "--checkpoint.keep", "9", "--optim.ema", "0")
+    own = (*models("smolvlm"), *FROZEN, "--model.unfreeze", "language_model", "6", *back)
+    train(*flags, *own, "--run_dir", tmp_path / "run", before=spoil([8 * 12, 9 * 12]))[0].ok()
+    assert result(tmp_path / "run")["rollbacks"] == 1
+    kept = load_file(tmp_path / "run/checkpoints/step_00000005/model.safetensors")
+    whole = VLAPolicy.from_pretrained(tmp_path / "run/checkpoints/step_00000005").state_dict()
+    assert whole.keys() - kept.keys() == {name for name in whole if name.startswith("vision_encoder.model.")}

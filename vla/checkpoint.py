@@ -205,6 +205,7 @@ def load(
     if own.exists():  # a process that is new to this run has none
         load_tensors(own)  # accelerate would ignore one that is broken or unsafe
     weights, average = Rows.of(path, "model"), Rows.of(path, "ema") if ema else None
+    policy.keep(weights.parts)
     weights.check(policy.own_state(), "the weights")
     if ema:
         average.check(ema.average, "the average")

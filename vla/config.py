@@ -100,7 +100,7 @@ class ModelConfig:
     trust_remote_code: bool = False
     # How pretrained parts compute attention.
     attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
-    # What frozen weights of a pretrained backbone are kept in.
+    # What frozen weights of a pretrained vision_encoder or language_model are kept in.
     frozen_dtype: Literal["float32", "bfloat16"] = "float32"
     # Compute the activations of transformer layers again in the backward pass, in place of keeping them.
     gradient_checkpointing: bool = False
@@ -116,9 +116,9 @@ class ModelConfig:
     hidden_layer: int = 0
     # Transformer layers of the action head.
     head_layers: int = 4
-    # Attention heads in every transformer layer.
+    # Attention heads in every transformer layer that is not pretrained.
     attention_heads: int = 8
-    # Width of the hidden layer of every transformer layer, in multiples of the width.
+    # Width of the hidden layer in these, in multiples of the width.
     mlp_ratio: int = 4
     # Tokens that every instruction is padded to; longer ones are refused. Built in: its bytes and one; a multiple of 4.
     max_tokens: int = 64

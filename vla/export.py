@@ -9,7 +9,7 @@ import json
 import re
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -26,16 +26,18 @@ from vla.shards import Rows, files
 WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.|model\.|policy\.)+")
 
 
-def export(source: Path, out: Path, summary: str, merge: bool = False) -> None:
+def export(source: Path, out: Path, summary: str, merge: bool = False, **moved: str) -> None:
     """Write config.json, model.safetensors (the averaged weights, if the checkpoint has any), a model card and, with a
     pretrained backbone, its tokenizer and configuration to `out`.
 
     source: a verified checkpoint. summary: a sentence for the card. The folder is replaced whole. It needs nothing else
-    but for adapters: these need the weights under them where --model.backbone found them, or `merge`.
+    but for adapters: these need the weights under them where --model.backbone found them, or `merge`. moved: where they
+    lie now (see VLAPolicy.from_pretrained).
     """
-    policy = VLAPolicy.from_pretrained(source)
+    policy = VLAPolicy.from_pretrained(source, **moved)
     if files(source, "ema"):
         average, own = Rows.of(source, "ema"), policy.state_dict()
+        average.check({name: own[name] for name in average.parts}, f"the average in {source}")
         for name in average.parts:
             average.read(name, own[name])
     if merge:
@@ -83,6 +85,10 @@ def init_from(policy: VLAPolicy, path: Path) -> str:
     Raises InputError if nothing fits.
     """
     own, weights = policy.state_dict(), read_weights(path)
+    if path.is_dir():
+        _check_adapters(policy, path)
+    # Weights that lie under adapters here did not where they come from.
+    weights = {_under_adapter(n) if _under_adapter(n) in own else n: value for n, value in weights.items()}
     statistics = {name for name in own if name.startswith(("state_norm.", "action_norm."))}
     wanted, given = own.keys() - statistics, weights.keys() - statistics
     matched = {name for name in wanted & given if own[name].shape == weights[name].shape}
@@ -92,6 +98,7 @@ def init_from(policy: VLAPolicy, path: Path) -> str:
             f"(it has {', '.join(sorted(given)[:3])} …; expected {', '.join(sorted(wanted)[:3])} …): check --model"
         )
     policy.load_state_dict({name: weights[name] for name in matched}, strict=False)
+    policy.keep(matched)
     parts = [f"{len(matched)} tensors matched"]
     for title, names in (("missing", wanted - matched), ("left over", given - matched)):
         parts.append(
@@ -99,6 +106,25 @@ def init_from(policy: VLAPolicy, path: Path) -> str:
             + (f" ({', '.join(sorted(names)[:5])}{' …' if len(names) > 5 else ''})" if names else "")
         )
     return f"--init_from {path}: " + ", ".join(parts)
+
+
+def _under_adapter(name: str) -> str:
+    module, _, parameter = name.rpartition(".")
+    return f"{module}.base_layer.{parameter}"
+
+
+def _check_adapters(policy: VLAPolicy, folder: Path) -> None:
+    """Raises InputError if an export has adapters that are not those of the policy."""
+    theirs = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
+    adapters, base = theirs.get("lora", {}), theirs.get("base")
+    if not adapters.get("rank"):
+        return
+    own = json.loads(json.dumps(asdict(policy.config.lora)))
+    if adapters != own or (base and base != policy.config.base):
+        raise InputError(
+            f"--init_from {folder} has adapters of other settings (--lora) or on other weights (--model.backbone) than "
+            "this policy; give those that it has, or make it whole by python -m vla.export RUN --merge"
+        )
 
 
 def _card(policy: VLAPolicy, summary: str) -> str:

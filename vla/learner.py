@@ -52,6 +52,8 @@ class Learner:
         policy.freeze_at(math.inf)
         optimizer = adamw(parameter_groups(policy, config.optim), config.optim)
         policy.freeze_at(0)
+        if not any(p.requires_grad for p in policy.parameters()):
+            raise InputError("--model.freeze leaves nothing to train until --model.unfreeze; leave a part out")
         self.model, self.optimizer = accelerator.prepare(policy, optimizer)
         register_fsdp_forward_method(policy, "predict_chunk")  # which needs the weights as forward does
         trained = {p for group in self.optimizer.param_groups for p in group["params"]}

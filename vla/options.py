@@ -13,6 +13,7 @@ from pathlib import Path
 from vla import InputError
 from vla.config import MODULES, TrainConfig
 
+BACKBONES = ("model.backbone", "model.vision_backbone", "model.language_backbone")
 # What may change when a run goes on. The rest makes the training what it is.
 MAY_CHANGE = (
     "resume_from",
@@ -25,9 +26,7 @@ MAY_CHANGE = (
     "data.path",  # to where the same data lie now: see the digest in trainer_state.json
     "data.cache",
     "model.gradient_checkpointing",
-    "model.backbone",  # to where the same weights lie now: see the digest in trainer_state.json
-    "model.vision_backbone",
-    "model.language_backbone",
+    *BACKBONES,  # to where the same weights lie now: see the digest in trainer_state.json
     "eval.",
     "checkpoint.",
     "guard.",
@@ -54,6 +53,8 @@ def parse(arguments: list[str]) -> TrainConfig:
             config = dataclasses.replace(config, steps=0)
         before, after = flatten(saved), flatten(config)
         changed = [name for name in after if after[name] != before[name] and not name.startswith(MAY_CHANGE)]
+        if not (config.model.freeze or config.lora.rank):  # the run has its whole backbone itself
+            changed += [name for name in BACKBONES if after[name] != before[name]]
         if "run_dir" in changed and Path(config.run_dir).resolve() == run_dir.resolve():
             changed.remove("run_dir")
         if changed:
@@ -65,6 +66,9 @@ def parse(arguments: list[str]) -> TrainConfig:
         config = dataclasses.replace(config, run_dir=str(run_dir))
     if not config.steps and not config.epochs:
         config = dataclasses.replace(config, epochs=20.0)
+    named = {field.partition(".")[2]: flatten(config)[field] for field in BACKBONES}
+    folders = {name: str(Path(place).resolve()) for name, place in named.items() if place and Path(place).is_dir()}
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **folders))  # found from anywhere
     validate(config)
     return config
 
@@ -194,16 +198,22 @@ def validate(config: TrainConfig) -> None:
         raise InputError(f"found --steps {config.steps} and --epochs {config.epochs}; give one of them")
     parts = (*MODULES, "projector")
     for flag, names in (
-        ("model.freeze", model.freeze),
-        ("model.unfreeze", dict(model.unfreeze)),
-        ("lora.modules", config.lora.modules),
-        ("optim.module_lrs", dict(optim.module_lrs)),
+        ("model.freeze", list(model.freeze)),
+        ("model.unfreeze", [name for name, _ in model.unfreeze]),
+        ("lora.modules", list(config.lora.modules)),
+        ("optim.module_lrs", [name for name, _ in optim.module_lrs]),
     ):
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise InputError(f"--{flag} names {', '.join(twice)} twice; leave one out")
         if unknown := sorted(name for name in names if name.partition(".")[0] not in parts):
             raise InputError(
                 f"--{flag} names {', '.join(unknown)}; the modules are {', '.join(parts)} (of a composed backbone), "
                 "and parts of them such as language_model.model"
             )
+    if late := [f"{name} {step}" for name, step in model.unfreeze if 0 < config.steps <= step]:
+        raise InputError(
+            f"--model.unfreeze {' '.join(late)} lies beyond the last of --steps {config.steps}; leave it out"
+        )
     if not set(parts) - set(model.freeze) - {"projector"} and not model.vision_backbone:
         raise InputError("--model.freeze names every module, so there is nothing to train; leave one out")
     if frozen := sorted(set(dict(optim.module_lrs)) & set(model.freeze) - set(dict(model.unfreeze))):

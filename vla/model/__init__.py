@@ -1,4 +1,4 @@
-"""The policy and its parts. Knows nothing of files or data sets."""
+"""The policy and its parts. Knows nothing of data sets."""
 
 from vla.model.policy import VLAPolicy
 from vla.model.spec import DatasetSpec, PolicyConfig

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -34,7 +35,7 @@ class Originals:
         if self.saved and what != "weights":
             name = str(_place(self.saved, flag))
         if name.startswith((".", "/", "~")) and not Path(name).is_dir():
-            cure = "give the one where it lies now, or for an export write that in its config.json"
+            cure = f"give the one where it lies now (of an export: from_pretrained(…, {flag}=…))"
             raise InputError(f"--model.{flag} {name}: there is no such folder; {cure}")
         try:
             return read(name)
@@ -112,8 +113,10 @@ class Originals:
                 f"{f' and {len(lacking) - 3} more' * (len(lacking) > 3)}, which would stay random: give the whole "
                 "model (or --model.random_backbone if random is what you want)"
             )
-        bits = [f"{key} {tuple(p.shape)} {p.view(torch.int32).sum()}" for key, p in made.named_parameters()]
-        self.digest = hashlib.sha256("\n".join([self.digest, *bits]).encode()).hexdigest()
+        with ThreadPoolExecutor() as threads:  # gigabytes
+            hashes = threads.map(_sha256, made.parameters())
+            lines = [f"{key} {one}" for (key, _), one in zip(made.named_parameters(), hashes, strict=True)]
+        self.digest = hashlib.sha256("\n".join([self.digest, *lines]).encode()).hexdigest()
         return made
 
     def save(self, folder: Path) -> None:
@@ -126,6 +129,10 @@ class Originals:
                     (place / "preprocessor_config.json").write_text(json.dumps(part, indent=2) + "\n")
                 else:
                     part.save_pretrained(place)
+
+
+def _sha256(parameter: nn.Parameter) -> str:
+    return hashlib.sha256(parameter.detach().contiguous().numpy().data).hexdigest()
 
 
 def _place(folder: Path, flag: str) -> Path:

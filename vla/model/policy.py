@@ -6,8 +6,10 @@ tokens, D width.
 
 import dataclasses
 import json
+import math
+import shutil
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin, snapshot_download
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -77,26 +80,36 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
         self.reset()
 
     def _settle_trained(self, config: PolicyConfig) -> None:
-        """Put in adapters; note the names of the pretrained parameters, and of those that can never be trained."""
+        """Put in adapters; note the names of what can never be trained (_never), and of the pretrained parameters that
+        stay as they are for the whole run (_base)."""
         model, parts, base, never = config.model, dict(self.named_children()), set(), set()
         self._freeze, self._unfreeze = model.freeze, dict(model.unfreeze)
         if self.backbone:
-            never |= set(pretrained.unused(self.vision_encoder, config.image_size))
-            base = {*parts["vision_encoder"].parameters(), *parts["language_model"].parameters()} - never
+            base = {*parts["vision_encoder"].parameters(), *parts["language_model"].parameters()}
         if config.lora.rank:
             for name in config.lora.modules:
                 never |= set(submodule(self, name, "lora.modules").parameters())
             add_adapters(self, config.lora)
         for name in model.freeze:
             submodule(self, name, "model.freeze")
-        self._base = {name for name, p in self.named_parameters() if p in base}
         self._never = {name for name, p in self.named_parameters() if p in never}
+        frozen = tuple(f"{name}." for name in model.freeze if name not in self._unfreeze)
+        fixed = {name for name, _ in self.named_parameters() if name in self._never or name.startswith(frozen)}
+        self._base = {name for name, p in self.named_parameters() if p in base} & fixed
         if model.frozen_dtype == "bfloat16":
             for name in {*model.freeze, *config.lora.modules * bool(config.lora.rank)} & parts.keys():
                 for p in base & set(parts[name].parameters()):
                     p.data = p.data.bfloat16()
         if model.random_backbone:
             self._base = set()  # these are loaded from nowhere
+
+    def spare_unused(self) -> None:
+        """Leave out of training what images do not depend on, which would get no gradient; before a training."""
+        self.freeze_at(math.inf)
+        if self.backbone and any(p.requires_grad for p in self.vision_encoder.parameters()):
+            unused = set(pretrained.unused(self.vision_encoder, self.config.image_size))
+            self._never |= {name for name, p in self.named_parameters() if p in unused}
+        self.freeze_at(0)
 
     def layers(self) -> list[nn.Module]:
         """The repeated blocks of all parts, which are computed again, or sharded, one by one."""
@@ -137,14 +150,16 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
         return torch.set_grad_enabled(self._reached[part] and torch.is_grad_enabled())
 
     def own_state(self) -> dict[str, Tensor]:
-        """The state_dict without pretrained weights that are frozen: these are loaded from where they came from."""
-        learning = {name for name, p in self.named_parameters() if p.requires_grad}
-        return {name: value for name, value in self.state_dict().items() if name not in self._base - learning}
+        """The state_dict without pretrained weights that are never trained, which are loaded from elsewhere."""
+        return {name: value for name, value in self.state_dict().items() if name not in self._base}
 
     def own_config(self) -> PolicyConfig:
         """The configuration that goes with own_state."""
-        complete = len(self.own_state()) == len(self.state_dict())
-        return dataclasses.replace(self.config, base="") if complete else self.config
+        return self.config if self._base else dataclasses.replace(self.config, base="")
+
+    def keep(self, names: Iterable[str]) -> None:
+        """These are not what the pretrained model has: from now on they belong to own_state."""
+        self._base -= set(names)
 
     def merge(self) -> None:
         """Add the adapters to the weights that they adapt: the same policy, to rounding, without any."""
@@ -157,22 +172,39 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
         """The same network with random weights, and the same statistics."""
         model, saved = self.config.model, None
         if self.backbone:
-            model, saved = dataclasses.replace(model, random_backbone=True), self.backbone.originals.saved
+            saved = self.backbone.originals.saved
+            model = dataclasses.replace(model, random_backbone=True, frozen_dtype="float32")
         other = VLAPolicy(dataclasses.replace(self.config, model=model, lora=LoraConfig(), base=""), saved)
         other.state_norm.load_state_dict(self.state_norm.state_dict())
         other.action_norm.load_state_dict(self.action_norm.state_dict())
         return other
 
     @classmethod
-    def _from_pretrained(cls, *, model_id: str, config: dict, map_location: str = "cpu", **download):
-        """What from_pretrained calls. Strict, where the mixin would leave unmatched weights random without a word."""
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        config: dict,
+        map_location: str = "cpu",
+        backbone: str = "",
+        vision_backbone: str = "",
+        language_backbone: str = "",
+        **download,
+    ):
+        """What from_pretrained calls. Strict, where the mixin would leave unmatched weights random without a word.
+
+        backbone, vision_backbone, language_backbone: where the weights under adapters lie now, if not where they were.
+        """
         folder = Path(model_id)
         if not folder.is_dir():
             download = {name: download.get(name) for name in ("revision", "cache_dir", "token", "local_files_only")}
             folder = Path(snapshot_download(model_id, **download))
         settings = from_dict(PolicyConfig, config, str(folder / "config.json"))
+        moved = {"backbone": backbone, "vision_backbone": vision_backbone, "language_backbone": language_backbone}
+        moved = {name: str(place) for name, place in moved.items() if place}
         if settings.model.attention == "flash_attention_2":  # an export loads anywhere
-            settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, attention="sdpa"))
+            moved["attention"] = "sdpa"
+        settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, **moved))
         saved = None
         if settings.model.backbone or settings.model.vision_backbone:
             places = folder / "backbone", run_folder(folder) / "backbone"  # a checkpoint's is that of its run
@@ -183,7 +215,11 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
                 )
         policy = cls(settings, saved, weights=bool(settings.base))
         policy.check_base(settings.base, folder)
-        weights, own = Rows.of(folder, "model"), policy.state_dict()
+        own = policy.state_dict()
+        try:
+            weights = Rows.of(folder, "model")
+        except (OSError, SafetensorError) as failure:
+            raise InputError(f"the weights in {folder} cannot be read ({failure}); export the policy again") from None
         missing = sorted(own.keys() - weights.parts.keys() - (policy._base if settings.base else set()))
         left_over = sorted(weights.parts.keys() - own.keys())
         if missing or left_over:
@@ -191,9 +227,10 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
                 f"{folder / 'model.safetensors'} does not fit its config.json: missing {missing or 'nothing'}, "
                 f"left over {left_over or 'nothing'}; export the policy again"
             )
+        weights.check({name: own[name] for name in weights.parts}, f"the weights in {folder}")
         for name in weights.parts:
             weights.read(name, own[name])
-        policy._base -= weights.parts.keys()  # what was once trained is stored from then on
+        policy.keep(weights.parts)
         policy.state_norm.require()
         policy.action_norm.require()
         return policy.to(map_location).eval()
@@ -208,9 +245,12 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
         self.save_backbone(save_directory / "backbone")
 
     def save_backbone(self, folder: Path) -> None:
-        """Write what a pretrained backbone consists of but for its weights, if there is one."""
-        if self.backbone:
-            self.backbone.originals.save(folder)
+        """Write what a pretrained backbone consists of but for its weights, if there is one and it is not there yet."""
+        if self.backbone and not folder.exists():
+            temporary = folder.with_name(f".writing_{folder.name}")
+            shutil.rmtree(temporary, ignore_errors=True)
+            self.backbone.originals.save(temporary)
+            temporary.rename(folder)
 
     def check_base(self, base: str, where: Path) -> None:
         """Raises InputError unless the frozen pretrained weights are those of this digest, which `where` belongs to."""

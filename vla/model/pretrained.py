@@ -169,7 +169,8 @@ class LanguageModel(nn.Module):
         """
         embed = self.model.get_input_embeddings()
         image_tokens, *deepstack = image_tokens.split(self.width, dim=-1)
-        fixed = embed(self.ids).expand(len(tokens), -1, -1)  # [B, S - T, D]
+        # Repeated, as torch.compile would write the images of all samples to the memory of one that is expanded.
+        fixed = embed(self.ids).repeat(len(tokens), 1, 1)  # [B, S - T, D]
         x = torch.cat([fixed.index_copy(1, self.places, image_tokens.to(fixed.dtype)), embed(tokens)], dim=1)
         seen = F.pad(image_mask, (1, 0), value=True)[:, self.camera]  # [B, S - T]; what belongs to no camera always
         mask = torch.cat([seen, token_mask], dim=1)  # [B, S]
@@ -282,7 +283,7 @@ def build(model: ModelConfig, cameras: int, image_size: tuple[int, int], saved: 
         setattr(base, next(name for name, part in base.named_children() if part is decoder), None)
         merge = getattr(config, "scale_factor", None) or getattr(vision, "spatial_merge_size", 1)
         patch = vision.patch_size * merge
-        encoder, projector = VisionEncoder(base, Pixels(originals.processor("backbone"), kind, image_size, patch)), None
+        encoder, projector = VisionEncoder(base, _pixels(originals, "backbone", kind, image_size, patch)), None
         tokenizer = originals.tokenizer("backbone", family.marks)
     else:
         family = Family()
@@ -297,7 +298,7 @@ def build(model: ModelConfig, cameras: int, image_size: tuple[int, int], saved: 
                 f"--model.vision_backbone {model.vision_backbone} is of the family {kind}, which has no patches; "
                 "expected one such as SigLIP or DINO"
             )
-        encoder = PatchEncoder(seen, Pixels(originals.processor("vision_backbone"), kind, image_size, patch))
+        encoder = PatchEncoder(seen, _pixels(originals, "vision_backbone", kind, image_size, patch))
         whole = originals.model("language_backbone", transformers.AutoModelForCausalLM, text)
         out, decoder, tokenizer = (
             _next_token(whole, model),
@@ -317,14 +318,33 @@ def build(model: ModelConfig, cameras: int, image_size: tuple[int, int], saved: 
 
 
 def _next_token(whole: nn.Module, model: ModelConfig) -> nn.Module | None:
-    """The map to the next token, if the loss asks for it and it is not tied to the embedding."""
-    out = whole.get_output_embeddings()
+    """The map to the next token, if the loss asks for it and it is not tied to the embedding.
+
+    Raises InputError for a model that does more to its logits, which is not done here.
+    """
+    out, text = whole.get_output_embeddings(), whole.config.get_text_config()
+    names = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+    more = [name for name in names if getattr(text, name, None) not in (None, 1)]
+    more += ["a bias"] if getattr(out, "bias", None) is not None else []
+    if model.loss.lm and more:
+        raise InputError(f"--model.loss.lm is not for language models whose logits have {' and '.join(more)}; drop it")
     return out if model.loss.lm and out.weight is not whole.get_input_embeddings().weight else None
+
+
+def _pixels(originals: Originals, flag: str, *sizes) -> Pixels:
+    """The preprocessing of a model. Raises InputError for a preprocessor_config.json that cannot be used."""
+    try:
+        return Pixels(originals.processor(flag), *sizes)
+    except (AttributeError, KeyError, TypeError, ValueError) as failure:
+        raise InputError(
+            f"preprocessor_config.json of --model.{flag} cannot be used ({type(failure).__name__}: {failure}); "
+            "correct it"
+        ) from None
 
 
 def unused(encoder: nn.Module, image_size: tuple[int, int]) -> list[nn.Parameter]:
     """The parameters that image tokens do not depend on, such as those of a token that hides patches."""
-    parameters = list(encoder.parameters())
+    parameters = [p for p in encoder.parameters() if p.requires_grad]
     with torch.enable_grad():
         try:
             tokens = encoder(torch.zeros(1, 1, 3, *image_size, dtype=torch.uint8))

@@ -168,9 +168,16 @@ def _check_parts(config: PolicyConfig) -> None:
         ("lora.dropout", lora.dropout, 0, 0.99),
     ):
         within(flag, value, low, high)
+    if lora.rank and not lora.modules:
+        raise InputError("--lora.modules is empty, so there is nothing to adapt; name a module, or drop --lora.rank")
     if not lora.rank and lora != LoraConfig():
         raise InputError("the flags --lora have no effect without --lora.rank; give a rank, such as 16")
     adapted = lora.modules if lora.rank else ()
+    under = [a for a, _ in model.unfreeze if f"{a}.".startswith(tuple(f"{b}." for b in adapted))]
+    if under:
+        raise InputError(
+            f"--model.unfreeze names {', '.join(under)}, which lie under adapters (--lora.modules); drop it"
+        )
     if twice := sorted({a for a in adapted for b in model.freeze if f"{a}.".startswith(f"{b}.")}):
         raise InputError(
             f"--model.freeze freezes {', '.join(twice)}, where --lora.modules puts adapters; these freeze the weights "
