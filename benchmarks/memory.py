@@ -8,10 +8,9 @@ end: what is measured is training, not saving. Peak memory is the main process's
 """
 
 import argparse
+import contextlib
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ import time
 from pathlib import Path
 
 import architectures
+import psutil
 
 STEPS, EVERY = 50, 10
 ADAPTERS = ("--lora.rank", "16", "--model.freeze", "vision_encoder")
@@ -79,16 +79,18 @@ def measure(row: str, data: str, flags: list[str]) -> dict:
     ]
     command += ["--global_batch_size", int(batch) * int(processes), *HEAD, *RUN, *OPTIM, *TRAINED[trained], *flags]
     said = (folder / "said").open("w+")
-    job = subprocess.Popen(list(map(str, command)), stdout=said, stderr=said, start_new_session=True)
+    job = psutil.Popen(list(map(str, command)), stdout=said, stderr=said)
     logged = []
     while job.poll() is None and len(logged) < STEPS // EVERY:
         time.sleep(0.5)
         metrics = folder / "run/metrics.jsonl"
         lines = metrics.read_text().splitlines() if metrics.exists() else []
         logged = [row for row in map(json.loads, lines) if "train/loss" in row]
-    if job.poll() is None:
-        os.killpg(job.pid, signal.SIGKILL)
-        job.wait()
+    everyone = [*job.children(recursive=True), job] if job.poll() is None else []
+    for process in everyone:  # torch starts them in sessions of their own
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(everyone, timeout=30)  # then the GPUs are free
     said.seek(0)
     words = said.read()
     counts = next((line.split() for line in words.splitlines() if line.startswith("policy ")), ["?"] * 9)
