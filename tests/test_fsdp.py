@@ -338,7 +338,7 @@ class Uneven(nn.Module):
     def own_state(self):
         return self.state_dict()
 
-    own_config = Policy.own_config
+    own_config, keep = Policy.own_config, Policy.keep
 
 
 def uneven_training(seed, count=3, frozen=(), accelerator=None, **more):

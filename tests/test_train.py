@@ -25,7 +25,7 @@ from training import (
     weights,
 )
 
-from vla import evaluate, log, optim
+from vla import evaluate, learner, log
 from vla.data.lerobot import LeRobotDataset
 from vla.data.mixture import Mixture
 from vla.data.stream import Samples, split
@@ -52,7 +52,7 @@ def keep_first_weights(found):
     def keep(_, policy, *rest):
         found["weights"] = {name: value.numpy().copy() for name, value in policy.state_dict().items()}
 
-    after(optim, "parameter_groups", keep)
+    after(learner, "parameter_groups", keep)
 
 
 # ---- What learns.
