@@ -157,6 +157,7 @@ def _child(function: Callable[[dict], None], sender, errors: Path, variables: di
     logging.getLogger().handlers.clear()  # pytest's
     AcceleratorState._reset_state(reset_partial_state=True)  # of other tests in the parent
     GradientState._reset_state()
+    gc.freeze()  # what the parent has made is none of this process's, see `the`
     faulthandler.dump_traceback_later(TIMEOUT - 5, file=sys.stderr)
     found, code = {}, 0
     try:
@@ -264,7 +265,7 @@ def send(*numbers: int) -> None:
 
 
 def the(kind: type):
-    """The one object of its class in this process."""
+    """The one object of its class that this child has made."""
     (found,) = (thing for thing in gc.get_objects() if type(thing) is kind)
     return found
 
