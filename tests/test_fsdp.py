@@ -1,5 +1,6 @@
 """One policy sharded over all processes is the same training, and its checkpoints are as good as any."""
 
+import functools
 import json
 import os
 import re
@@ -87,6 +88,17 @@ def test_sharded_run_is_the_same_training_as_one_that_is_not(own, uninterrupted)
     still = ("state_norm", "action_norm", *(["vision_encoder"] if own[2:4] == FROZEN else []))
     for name, value in first.items():
         assert torch.equal(value, final[name]) == name.startswith(still), name
+
+
+def test_compiled_sharded_run_is_the_same_training(flags, uninterrupted, tmp_path):
+    def graphs_alone(found):
+        VLAPolicy.compile = functools.partialmethod(VLAPolicy.compile, backend="aot_eager")
+
+    run = tmp_path / "run"
+    own = ["--compile", *ACCUMULATED, "--model.gradient_checkpointing", "--checkpoint.keep", 9, "--run_dir", run]
+    for child in train(*flags, *own, before=graphs_alone, processes=2, env=SHARDED):
+        child.ok()
+    assert_same_training(run, uninterrupted(*ACCUMULATED, "--model.gradient_checkpointing", processes=2))
 
 
 def test_sharded_run_in_bfloat16_keeps_data_and_losses_in_float32(flags, tmp_path):
@@ -193,7 +205,6 @@ def test_signal_to_one_process_in_an_evaluation_is_heard_by_all(flags, tmp_path)
 REFUSED = {
     "mesh": ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, [], "parallelism_config does not go with"),
     "eval.env": ({}, ["--eval.env", "tabletop"], "--eval.env tabletop does not go with.*python -m vla.rollout"),
-    "compile": ({}, ["--compile"], "--compile does not go with"),
     "fp16": ({"ACCELERATE_MIXED_PRECISION": "fp16"}, [], "mixed_precision: fp16 does not go with.*bf16"),
     "version 1": ({"FSDP_VERSION": "1"}, [], "FSDP version 1; set fsdp_version: 2"),
     "activations": (

@@ -34,7 +34,6 @@ def set_up(accelerator: Accelerator, config: TrainConfig) -> None:
         "fsdp_activation_checkpointing": plugin.activation_checkpointing
         and "take it out of the YAML, and give --model.gradient_checkpointing",
         "parallelism_config": accelerator.parallelism_config and "take it out of the YAML",
-        "--compile": config.compile and "leave it out",
         "--optim.eight_bit": config.optim.eight_bit and "leave it out, the processes share the moments",
         f"--model.frozen_dtype {config.model.frozen_dtype}": config.model.frozen_dtype != "float32"
         and "leave it out, the processes share the weights",

@@ -48,7 +48,7 @@ class Learner:
     ):
         self.accelerator, self.policy, self.example = accelerator, policy, example
         if config.compile:
-            policy.compile()  # in place, so that the names of saved weights stay as they are
+            policy.compile()
         policy.freeze_at(math.inf)
         optimizer = adamw(parameter_groups(policy, config.optim), config.optim)
         policy.freeze_at(0)

@@ -120,6 +120,17 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
             kinds += (GradientCheckpointingLayer,)
         return [part for part in self.modules() if isinstance(part, kinds)]
 
+    def compile(self, **options) -> None:
+        """Compile the layers and the built-in image encoder, by torch.compile with these options.
+
+        One by one, since layers of a kind share one program: it starts sooner, and what draws random numbers in whole
+        numbers of 64 bits, which torch.compile gets wrong, stays outside. Names of weights stay as they are.
+        """
+        for part in self.layers() if self.backbone else [self.vision_encoder, *self.layers()]:
+            again = isinstance(part.forward, partial)  # checkpoint is not looked through: what it calls is compiled
+            forward = torch.compile(part.forward.args[0] if again else part.forward, **options)
+            part.forward = partial(checkpoint, forward, use_reentrant=False) if again else forward
+
     @property
     def _no_split_modules(self) -> list[str]:
         """Names of the classes of layers, which are sharded one by one; accelerate looks them up here."""
