@@ -80,6 +80,7 @@ def assert_nothing_trained(run):
         ("--checkpoint.every 0", ["--checkpoint.every", "0"]),
         ("--checkpoint.keep 0", ["--checkpoint.keep", "0"]),
         ("--log.every 0", ["--log.every", "0"]),
+        ("--log.profile -1", ["--log.profile", "-1"]),
     ],
 )
 def test_wrong_flag_is_refused_with_its_value(arguments, words):

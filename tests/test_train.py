@@ -1,5 +1,6 @@
 """What one run of train.py does, learns, skips and writes down."""
 
+import gzip
 import io
 import json
 import math
@@ -319,6 +320,25 @@ def test_run_without_average_exports_the_weights_themselves(flags, tmp_path):
 
 
 # ---- Speed.
+
+
+def test_traced_run_writes_its_steps_and_is_the_same_training(flags, uninterrupted, tmp_path):
+    own = ["--log.profile", 3, "--checkpoint.every", 99, "--eval.every", 0]
+    (child,) = train(*flags, *own, "--run_dir", tmp_path / "run")
+    child.ok()
+    (trace,) = (tmp_path / "run/profile").glob("*.pt.trace.json.gz")
+    names = [event.get("name") for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]]
+    assert [name for name in names if name and name.startswith("ProfilerStep#")] == [
+        f"ProfilerStep#{n}" for n in (10, 11, 12)
+    ]
+    assert "aten::convolution" in names
+    assert series(tmp_path / "run", "train/loss") == series(uninterrupted(), "train/loss")
+
+
+def test_trace_of_more_steps_than_there_are_is_refused(flags, tmp_path):
+    (child,) = train(*flags, "--log.profile", 7, "--run_dir", tmp_path / "run")
+    assert child.code == 1
+    assert "error: --log.profile is 7; expected at most 6, as the first 10 of the 16 steps are left out" in child.stderr
 
 
 def test_steps_that_log_nothing_never_wait_for_the_device(flags, tmp_path):

@@ -36,6 +36,9 @@ def tracker(name: str, run_dir: Path, first_step: int):
     return name
 
 
+WARM = 10  # steps before a trace begins
+
+
 class RunLog:
     """Writes on the main process, does nothing on the others. A resumed run continues the files at its step.
 
@@ -60,6 +63,16 @@ class RunLog:
         self.bar = tqdm(
             total=steps, initial=first_step, unit="step", dynamic_ncols=True, mininterval=0.5 if terminal else 10
         )
+
+        self.profiler = None
+        if config.log.profile:
+            if steps - first_step < WARM + config.log.profile:
+                expected = f"at most {steps - first_step - WARM}, as the first {WARM} of the {steps - first_step} steps"
+                raise InputError(f"--log.profile is {config.log.profile}; expected {expected} are left out")
+            when = torch.profiler.schedule(wait=WARM - 1, warmup=1, active=config.log.profile, repeat=1)
+            write = torch.profiler.tensorboard_trace_handler(str(self.run_dir / "profile"), use_gzip=True)
+            self.profiler = torch.profiler.profile(schedule=when, on_trace_ready=write)
+            self.profiler.start()
 
     def go_back(self, step: int, evaluated: bool) -> None:
         """What was logged after `step` is forgotten: the run went back to it."""
@@ -107,6 +120,8 @@ class RunLog:
         self.steps_since += 1
         if self.accelerator.is_main_process:
             self.bar.update()
+            if self.profiler:
+                self.profiler.step()
 
     def performance(self, step: int) -> dict[str, float]:
         """Speed since the last call (evaluations and saves between count as time), data wait, memory."""
@@ -179,6 +194,8 @@ class RunLog:
     def close(self) -> None:
         """Close what is open."""
         if self.accelerator.is_main_process:
+            if self.profiler:
+                self.profiler.stop()
             self.bar.close()
             self.file.close()
 

@@ -255,6 +255,7 @@ def validate(config: TrainConfig) -> None:
         "guard.spike_factor": (0, None),
         "guard.hang_seconds": (0, None),
         "log.every": (1, None),
+        "log.profile": (0, None),
     }
     values = flatten(config)
     checks = [(name, values[name], bounds[name]) for name in bounds]
