@@ -15,6 +15,7 @@ from robots import ACTIONS, ARM, CRANE, WHICH, assert_same, mixed_batch, rows
 from safetensors.torch import load_file, save_file
 from tiny import PATCH, VLMS, vlm
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
@@ -270,6 +271,36 @@ def test_attention_is_the_same_in_either_way_of_computing_it(kind, originals):
     (found, _), (expected, mask) = hidden(eager, batch), hidden(sdpa, batch)
     assert_equal_where(mask, found, expected)
     torch.testing.assert_close(eager(batch)["lm"], sdpa(batch)["lm"], rtol=0, atol=1e-5)
+
+
+class Waits(TorchFunctionMode):
+    """Notes calls whose result depends on values: on a GPU each stops the queue of kernels until all are done."""
+
+    NAMES = ("tolist", "item", "cpu", "numpy", "nonzero", "equal", "__bool__", "__int__", "__float__", "__index__")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_function__(self, function, types, arguments=(), named=None):
+        name = getattr(function, "__name__", "")
+        indexes = arguments[1] if name in ("__getitem__", "__setitem__") else ()
+        indexes = indexes if isinstance(indexes, tuple) else (indexes,)
+        if name in self.NAMES or any(isinstance(i, torch.Tensor) and i.dtype == torch.bool for i in indexes):
+            self.found.append(name)
+        return function(*arguments, **(named or {}))
+
+
+# Qwen and SigLIP 2 cut their images apart by sizes that lie on the device.
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("qwen2_5_vl", "qwen3_vl", "siglip2")])
+def test_neither_loss_nor_prediction_waits_for_the_device(kind, originals):
+    policy = policy_on(originals(kind), head="flow", loss=LossConfig(lm=0.1))
+    batch = batch_of(policy)
+    policy.predict_chunk(batch)  # looks once whether there are statistics
+    with Waits() as waits:
+        policy(batch)["loss"].backward()
+        policy.predict_chunk(batch)
+    assert waits.found == []
 
 
 # ---- Pictures

@@ -66,6 +66,13 @@ class VisionEncoder(nn.Module):
         self.model, self.pixels, self.kind = model, pixels, model.config.model_type
         grid = [1, *(size // model.config.vision_config.patch_size for size in pixels.size)]  # frames, rows, columns
         self.register_buffer("grid", torch.tensor([grid]), persistent=False)
+        if self.kind in ("smolvlm", "idefics3"):
+            seen, embeddings = [], model.vision_model.embeddings
+            hook = embeddings.position_embedding.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+            with torch.no_grad():
+                embeddings(torch.zeros(1, 3, *pixels.size), torch.ones(1, *grid[1:], dtype=torch.bool))
+            hook.remove()
+            self.register_buffer("places", seen[0], persistent=False)  # int64 [1, patches]
 
     def forward(self, images: Tensor) -> Tensor:
         """uint8 [B, N, 3, h, w] -> [B, N · I, D · (1 + K)]: the tokens, beside those for the decoder's first layers."""
@@ -73,8 +80,8 @@ class VisionEncoder(nn.Module):
         pixels = self.pixels(images.flatten(0, 1))  # [B · N, 3, H, W]
         pixels = pixels.to(next(self.model.parameters()).dtype)
         if self.kind in ("smolvlm", "idefics3"):
-            features = self.model.get_image_features(pixels[None])
-        elif self.kind == "paligemma":
+            return self._whole_pictures(pixels).unflatten(0, (B, N)).flatten(1, 2)
+        if self.kind == "paligemma":
             features = self.model.get_image_features(pixels)
         else:
             vision = self.model.config.vision_config
@@ -83,6 +90,16 @@ class VisionEncoder(nn.Module):
         levels = [features.pooler_output, *(getattr(features, "deepstack_features", None) or [])]
         levels = [level if isinstance(level, Tensor) else torch.cat(level) for level in levels]
         return torch.cat([level.reshape(B, -1, level.shape[-1]) for level in levels], dim=-1)
+
+    def _whole_pictures(self, pixels: Tensor) -> Tensor:
+        """What SmolVLM's get_image_features gives, which looks for empty pictures and parts of them: the device would
+        be waited for three times, and attention needs no mask. [B · N, 3, H, W] -> [B · N, I, D].
+        """
+        vision = self.model.vision_model
+        embedded = vision.embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)
+        embedded = embedded + vision.embeddings.position_embedding(self.places)
+        features = vision.encoder(inputs_embeds=embedded, attention_mask=None).last_hidden_state
+        return self.model.connector(vision.post_layernorm(features))
 
 
 class PatchEncoder(nn.Module):
