@@ -23,10 +23,10 @@ class FailedError(RuntimeError):
     """A run that ended where it should not. Its text is what it said last."""
 
 
-def collect(out: Path, episodes: int) -> None:
-    """Demonstrations of the tabletop."""
-    command = [sys.executable, "-m", "vla.collect", "tabletop", "--out", out, "--episodes", str(episodes)]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+def collect(out: Path, episodes: int, image_size: int = 64) -> None:
+    """Demonstrations of the tabletop. image_size: height and width of the pictures."""
+    command = [sys.executable, "-m", "vla.collect", "tabletop", "--out", out, "--episodes", episodes]
+    subprocess.run([*map(str, command), "--image_size", str(image_size)], cwd=ROOT, check=True, capture_output=True)
 
 
 def train(
@@ -82,5 +82,6 @@ def train(
     figures = {"yaml": yaml, "processes": processes, "from": steps[0]["step"] - 1, "to": steps[-1]["step"]}
     figures |= {"seconds": seconds, "to_first": first, "save": save, "parameters": parameters, "trained": trained}
     figures["peak_gb"] = max(row.get("memory/peak_gb", 0) for row in steps) or None
+    figures["data_wait"] = statistics.median(row["perf/data_wait_share"] for row in steps)
     figures["samples/s"] = statistics.median(row["perf/samples_per_second"] for row in steps)
     return figures | {"losses": {row["step"]: row["train/loss"] for row in steps}}

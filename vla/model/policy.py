@@ -26,6 +26,7 @@ from vla import InputError, keyed
 from vla.config import LoraConfig
 from vla.images import resize_with_padding
 from vla.model import backbone, pretrained
+from vla.model.graph import Graph
 from vla.model.heads import HEADS
 from vla.model.lora import add_adapters, merge_adapters, submodule
 from vla.model.normalize import Normalizer
@@ -77,6 +78,7 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
         self.config = dataclasses.replace(config, base=base)
         self.freeze_at(0)
         self._driven = 0 if len(config.datasets) == 1 else None
+        self._graph: Graph | None = None
         self.reset()
 
     def _settle_trained(self, config: PolicyConfig) -> None:
@@ -318,9 +320,41 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
             self.state_norm.require()
             self.action_norm.require()
             self._has_statistics = True
+        return self._graph(batch) if self._graph and self._graph.fits(batch) else self._predict(batch)
+
+    def _predict(self, batch: dict[str, Tensor]) -> Tensor:
         hidden, mask, _ = self._understand(batch)
         state = self.state_norm.of(batch["dataset"]).normalize(batch["state"][:, None])[:, 0]  # [B, P]
         return self.action_head.sample(hidden, mask, state, batch["key"], self.action_norm.of(batch["dataset"]))
+
+    @torch.no_grad()
+    def capture(self, batch_size: int = 1, dtype: torch.dtype = torch.bfloat16) -> None:
+        """From now on compute predict_chunk of batches of this size as one CUDA graph of compiled layers, in this
+        precision: nothing acts faster. Afterwards the policy may be neither moved nor trained.
+
+        Raises InputError for a policy that is not on a GPU.
+        """
+        device, config = self.state_norm.offset.device, self.config
+        if device.type != "cuda":
+            raise InputError(f"the policy is on the device {device}; policy.to('cuda') before policy.capture()")
+        tokens, token_mask = self.tokenize([""] * batch_size)
+        example = {
+            "dataset": torch.zeros(batch_size, dtype=torch.int64),
+            "images": torch.zeros(batch_size, len(config.cameras), 3, *config.image_size, dtype=torch.uint8),
+            "image_mask": torch.ones(batch_size, len(config.cameras), dtype=torch.bool),
+            "state": torch.zeros(batch_size, config.state_dim),
+            "tokens": tokens,
+            "token_mask": token_mask,
+            "key": torch.zeros(batch_size, dtype=torch.int64),
+        }
+
+        def predict(batch: dict[str, Tensor]) -> Tensor:
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                return self._predict(batch)
+
+        self.eval()
+        self.compile()
+        self._graph = Graph(predict, {name: value.to(device) for name, value in example.items()})
 
     def tokenize(self, instructions: list[str]) -> tuple[Tensor, Tensor]:
         """int64 [B, T] and mask bool [B, T], T fixed so that shapes never change (see the language model)."""

@@ -1,0 +1,161 @@
+"""What train.py is measured against (benchmarks/step.py), each in a process of its own; prints its figures as JSON.
+
+python benchmarks/loops.py limit 100 --data.path data/tabletop --run_dir /tmp/run --global_batch_size 32
+python benchmarks/loops.py trainer 100 …
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from vla import options
+from vla.config import TrainConfig
+from vla.data.mixture import open_datasets
+from vla.data.stream import Samples, split
+from vla.model import DatasetSpec, PolicyConfig, VLAPolicy
+from vla.optim import adamw, parameter_groups
+
+WARM = 20  # steps that are not counted
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+
+
+def build(config: TrainConfig) -> tuple[VLAPolicy, Samples]:
+    """The policy and the samples that train.py makes of these flags."""
+    torch.manual_seed(config.seed)
+    data = open_datasets(config.data)
+    specs = [DatasetSpec(d.name, data.in_order(d.cameras), d.state_names, d.action_names, d.fps) for d in data.datasets]
+    policy = VLAPolicy(PolicyConfig(config.model, data.cameras, data.image_size, tuple(specs), config.lora))
+    policy.spare_unused()
+    episodes = [split(d.episodes, config.data.val_fraction, config.seed)[0] for d in data.datasets]
+    samples = Samples(data, episodes, policy.tokenize, config.model.chunk_size, config.seed, shuffle=True)
+    policy.set_statistics(samples.statistics())
+    return policy, samples
+
+
+def per_second(step: Callable[[], object], steps: int) -> float:
+    """Calls of `step` in a second, after WARM."""
+    for i in range(WARM + steps):
+        if i == WARM:
+            wait()
+            began = time.perf_counter()
+        step()
+    wait()
+    return steps / (time.perf_counter() - began)
+
+
+def wait() -> None:
+    if CUDA:
+        torch.cuda.synchronize()
+
+
+def limit(config: TrainConfig, steps: int) -> dict:
+    """A bare loop over batches that lie on the device."""
+    policy, samples = build(config)
+    policy.to(DEVICE)
+    size = config.global_batch_size
+    batches = [samples.batch(range(i * size, (i + 1) * size)) for i in range(4)]
+    batches = [{name: value.to(DEVICE) for name, value in batch.items()} for batch in batches]
+    optimizer, turn = adamw(parameter_groups(policy, config.optim), config.optim), iter(range(10**9))
+
+    def backward() -> None:
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=CUDA):
+            loss = policy(batches[next(turn) % len(batches)])["loss"]
+        loss.backward()
+
+    def step() -> None:
+        backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    with FlopCounterMode(display=False) as counter:
+        backward()
+    optimizer.zero_grad()
+    if config.compile:
+        policy.compile()
+    speed, side = per_second(step, steps), 8192 if CUDA else 1024
+    a = torch.randn(side, side, device=DEVICE, dtype=torch.bfloat16 if CUDA else torch.float32)
+    figures = {"samples/s": speed * size, "flops_per_sample": counter.get_total_flops() / size}
+    figures["matmul_flops"] = 2 * side**3 * per_second(lambda: a @ a, 50)
+    figures["utilization"] = figures["flops_per_sample"] * figures["samples/s"] / figures["matmul_flops"]
+    return figures | {"peak_gb": torch.cuda.max_memory_allocated() / 1e9 if CUDA else None}
+
+
+class Rows(torch.utils.data.Dataset):
+    """Samples one at a time, as a Dataset gives them."""
+
+    def __init__(self, samples: Samples):
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {name: value[0] for name, value in self.samples.batch([index]).items()}
+
+
+class AsTrainerTakesIt(nn.Module):
+    def __init__(self, policy: VLAPolicy):
+        super().__init__()
+        self.policy = policy
+
+    def forward(self, **batch) -> dict[str, Tensor]:
+        return {"loss": self.policy(batch)["loss"]}
+
+
+class Clock(transformers.TrainerCallback):
+    """Notes when the first WARM steps were done, and when all were."""
+
+    def __init__(self, steps: int):
+        self.due, self.times = (WARM, WARM + steps), []
+
+    def on_step_end(self, arguments, state, control, **_) -> None:
+        if state.global_step in self.due:
+            wait()
+            self.times.append(time.perf_counter())
+
+
+def trainer(config: TrainConfig, steps: int) -> dict:
+    """transformers.Trainer, with what makes it fast."""
+    policy, samples = build(config)
+    if config.compile:
+        policy.compile()
+    arguments = transformers.TrainingArguments(
+        output_dir=config.run_dir,
+        max_steps=WARM + steps,
+        per_device_train_batch_size=config.global_batch_size,
+        learning_rate=config.optim.lr,
+        weight_decay=config.optim.weight_decay,
+        max_grad_norm=config.optim.clip,
+        optim="adamw_torch_fused",
+        bf16=CUDA,
+        use_cpu=not CUDA,
+        dataloader_num_workers=config.data.workers,
+        dataloader_prefetch_factor=4,
+        dataloader_persistent_workers=True,
+        dataloader_pin_memory=CUDA,
+        remove_unused_columns=False,
+        logging_steps=50,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
+    clock = Clock(steps)
+    collate = torch.utils.data.default_collate
+    transformers.Trainer(
+        AsTrainerTakesIt(policy), arguments, data_collator=collate, train_dataset=Rows(samples), callbacks=[clock]
+    ).train()
+    began, ended = clock.times
+    return {"samples/s": steps * config.global_batch_size / (ended - began)}
+
+
+if __name__ == "__main__":
+    side, steps, *flags = sys.argv[1:]
+    figures = {"limit": limit, "trainer": trainer}[side](options.parse(flags), int(steps))
+    print(json.dumps(figures))
