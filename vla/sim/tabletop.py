@@ -51,10 +51,13 @@ class Tabletop:
     cameras = ("table", "gripper")
     state_names = ("tip_x", "tip_y", "gripper")
     action_names = ("dx", "dy", "gripper")
+    tasks, task, tiers = ("tabletop",), "tabletop", {}
     tasks_per_scene = 4
     fps = 10
     max_steps = 40
+    noise = 0.3
     noise_scale = np.array([1.0, 1.0, 0.0])  # the gripper has two values: noise on it would be another action
+    own_process = False
 
     def __init__(self, image_size: int = 64, objects: int = 3, zones: int = 3):
         self.image_size, self.object_count, self.zone_count = (image_size, image_size), objects, zones
@@ -84,7 +87,7 @@ class Tabletop:
         words = f"{self.target.colour} {self.target.shape}"
         self.instruction = PHRASINGS[phrasing].format(object=words, zone=self.zone.colour)
 
-    def step(self, action: np.ndarray) -> tuple[dict, bool, bool]:
+    def step(self, action: np.ndarray, look: bool = True) -> tuple[dict | None, bool, bool]:
         """Move, then open or close the gripper. Returns observation, success, done (solved or out of steps)."""
         self.tip = np.clip(self.tip + STEP * np.clip(np.asarray(action[:2], dtype=np.float64), -1, 1), 0, 1)
         close = float(action[2]) > 0.5
@@ -100,7 +103,7 @@ class Tabletop:
         success = self.held is not self.target and bool(
             np.all(np.abs(self.target.place - self.zone.place) < ZONE_RADIUS)
         )
-        return self._observe(), success, success or self.steps >= self.max_steps
+        return self._observe() if look else None, success, success or self.steps >= self.max_steps
 
     def expert(self) -> np.ndarray:
         """The action that solves the task from here: to the object, close, to the zone, open. float32 [3]."""
