@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -41,6 +42,32 @@ ENCODERS = {
     "h264": ("libx264", {"g": "2", "bf": "0"}),
 }
 os.environ.setdefault("SVT_LOG", "1")  # errors alone: the AV1 encoder else prints its settings for every episode
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What `encode` makes of one camera's pictures of an episode: their bytes as they are stored.
+
+    shape: (L, 3, h, w). data: uint8, PNGs one after the other, or one video. ends: int64, where each ends in data.
+    histogram: int64 [3, 256], how often each colour has each value in every tenth picture.
+    """
+
+    codec: str
+    shape: tuple[int, ...]
+    data: np.ndarray
+    ends: np.ndarray
+    histogram: np.ndarray
+    dtype = "uint8"  # of the pictures
+
+
+def encode(images: np.ndarray, codec: Literal["png", "av1", "h264"], fps: int) -> Pictures:
+    """One camera's pictures of an episode, uint8 [L, 3, h, w], as add_episode takes them in place of the array.
+
+    It is what takes time in writing; where several processes make episodes, each can do it for its own.
+    """
+    files = _pngs(images) if codec == "png" else [_video(images, codec, fps)]
+    data, ends = np.frombuffer(b"".join(files), np.uint8), np.cumsum([len(file) for file in files])
+    return Pictures(codec, images.shape, data, ends, _histogram(images[::IMAGE_STATISTICS_STRIDE]))
 
 
 class LeRobotWriter:
@@ -122,11 +149,12 @@ class LeRobotWriter:
             self.partial.rename(self.root)
 
     def add_episode(
-        self, *, images: dict[str, np.ndarray], state: np.ndarray, actions: np.ndarray, instruction: str
+        self, *, images: dict[str, np.ndarray | Pictures], state: np.ndarray, actions: np.ndarray, instruction: str
     ) -> None:
         """Append one episode: to each camera's video, then as one row group, with which it is part of the data set.
 
-        images: camera -> uint8 [L, 3, h, w]. state: float32 [L, P]. actions: float32 [L, A]. L >= 1.
+        images: camera -> uint8 [L, 3, h, w], or what `encode` made of that. state: float32 [L, P].
+        actions: float32 [L, A]. L >= 1.
         Raises InputError, and writes nothing, on another dtype or shape, NaN or Inf, an empty instruction or a full
         disk. After another exception no further episode is taken.
         """
@@ -134,12 +162,16 @@ class LeRobotWriter:
         self._check(images, vectors, instruction)
         length, episode, first = len(state), self._num_episodes, self._num_frames
         frame_index = np.arange(length)
-        columns, videos = {}, {}
+        columns, videos, histograms = {}, {}, {}
         for name, key in self.cameras.items():
+            pictures = images[name]
+            if not isinstance(pictures, Pictures):
+                pictures = encode(pictures, self.codec, self.info["fps"])
             if self.codec == "png":
-                columns[key] = _image_column(images[name])
+                columns[key] = _image_column(pictures)
             else:
-                videos[key] = _encode(images[name], self.codec, self.info["fps"])
+                videos[key] = io.BytesIO(pictures.data)
+            histograms[key] = pictures.histogram
         columns |= {key: _vector_column(values) for key, values in vectors.items()}
         columns["timestamp"] = (frame_index / self.info["fps"]).astype(np.float32)
         columns["frame_index"] = frame_index
@@ -148,7 +180,6 @@ class LeRobotWriter:
         task_index = self._tasks.get(instruction, len(self._tasks))
         columns["task_index"] = np.full(length, task_index)
         table = pa.table(columns)
-        histograms = {key: _histogram(images[name][::IMAGE_STATISTICS_STRIDE]) for name, key in self.cameras.items()}
         stats = self._statistics(vectors, histograms)
         self._check_disk(table.nbytes + sum(video.getbuffer().nbytes for video in videos.values()))
 
@@ -168,7 +199,9 @@ class LeRobotWriter:
         self._tasks[instruction] = task_index
         self._torn = False
 
-    def _check(self, images: dict[str, np.ndarray], vectors: dict[str, np.ndarray], instruction: str) -> None:
+    def _check(
+        self, images: dict[str, np.ndarray | Pictures], vectors: dict[str, np.ndarray], instruction: str
+    ) -> None:
         episode = f"episode {self._num_episodes}"
         if self._torn:
             found = f"{episode} was written in part before an exception"
@@ -183,6 +216,8 @@ class LeRobotWriter:
             found, expected = f"{array.dtype} {array.shape}", f"{dtype} {(length, *self.features[key]['shape'])}"
             if found != expected:
                 raise InputError(f"{episode}: {key} is {found}, expected {expected}")
+            if isinstance(array, Pictures) and array.codec != self.codec:
+                raise InputError(f"{episode}: {key} was encoded as {array.codec}, expected {self.codec}")
         for key, array in vectors.items():
             for frame, column in np.argwhere(~np.isfinite(array)):
                 found = f"{self.features[key]['names'][column]} of {key} is {array[frame, column]}"
@@ -321,7 +356,7 @@ def _image_feature(codec: str, fps: int, h: int, w: int) -> dict:
     return feature
 
 
-def _encode(images: np.ndarray, codec: str, fps: int) -> io.BytesIO:
+def _video(images: np.ndarray, codec: str, fps: int) -> bytes:
     """A video of one episode, uint8 [L, 3, h, w], with an encoder of its own, so that it begins with a key frame."""
     file = io.BytesIO()
     name, options = ENCODERS[codec]
@@ -334,8 +369,7 @@ def _encode(images: np.ndarray, codec: str, fps: int) -> io.BytesIO:
             frame = np.ascontiguousarray(image.transpose(1, 2, 0))
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())  # what the encoder still holds
-    file.seek(0)
-    return file
+    return file.getvalue()
 
 
 def _vector_column(values: np.ndarray) -> pa.Array:
@@ -343,13 +377,20 @@ def _vector_column(values: np.ndarray) -> pa.Array:
     return flat if values.shape[1] == 1 else pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
 
 
-def _image_column(images: np.ndarray) -> pa.StructArray:
+def _pngs(images: np.ndarray) -> list[bytes]:
     pngs = []
     for image in images:
         png = io.BytesIO()
         Image.fromarray(image.transpose(1, 2, 0)).save(png, "png", compress_level=1)  # of 9: for speed
         pngs.append(png.getvalue())
-    return pa.StructArray.from_arrays([pa.array(pngs), pa.nulls(len(pngs), pa.string())], ["bytes", "path"])
+    return pngs
+
+
+def _image_column(pictures: Pictures) -> pa.StructArray:
+    offsets = np.concatenate([[0], pictures.ends]).astype(np.int32)
+    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(pictures.data)]
+    pngs = pa.Array.from_buffers(pa.binary(), len(pictures.ends), buffers)
+    return pa.StructArray.from_arrays([pngs, pa.nulls(len(pngs), pa.string())], ["bytes", "path"])
 
 
 def _histogram(images: np.ndarray) -> np.ndarray:
