@@ -391,7 +391,9 @@ def test_noise_differs_between_the_tasks_of_a_scene_and_between_scenes():
 
 
 def test_noise_that_the_expert_cannot_overcome_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"the expert solved \d of \d+ episodes with --noise 20.0; lower it"):
+    with pytest.raises(
+        InputError, match=r"the expert solved \d of \d+ episodes of tabletop with --noise 20.0; lower it"
+    ):
         collected(tmp_path / "set", episodes=20, noise=20.0, workers=1)
     assert not (tmp_path / "set").exists()
     with pytest.raises(InputError, match="--episodes is 0; expected at least 1"):

@@ -14,9 +14,9 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
-from multiprocessing import get_context
-from operator import sub
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Annotated, Literal
 
 import numpy as np
@@ -37,20 +37,20 @@ class CollectConfig:
     out: str
     # Successful episodes to record, equally many of each task of the environment; failed ones are discarded.
     episodes: int = 400
-    # Of each task, in place of episodes.
-    episodes_per_task: int = 0
     # First seed of the scenes; those from 500,000 on are kept for evaluations.
     seed: int = sim.DEMONSTRATION_SEEDS
     # Standard deviation of noise on the motions that are executed, as a share of their range: the recorded action is
     # the expert's own, so the policy learns to come back (DART: Laskey et al., 2017). By default 0.3 on the tabletop,
     # none in Meta-World.
     noise: float | None = None
-    # Height and width of the images in pixels (0: the environment's own, 64 on the tabletop, 224 in Meta-World).
-    image_size: int = 0
     # How images are stored: png keeps every pixel; av1 and h264 write video, which is smaller and loses some detail.
     codec: Literal["png", "av1", "h264"] = "png"
     # Processes that act.
     workers: int = os.cpu_count() or 1
+    # Episodes of each task, in place of --episodes.
+    episodes_per_task: int = 0
+    # Height and width of the images in pixels (0: the environment's own, 64 on the tabletop, 224 in Meta-World).
+    image_size: int = 0
 
 
 make = cache(sim.make)  # an environment takes a while to make
@@ -80,39 +80,42 @@ def demonstrate(env: str, noise: float, seed: int, number: int, image_size: int 
     return episode, success
 
 
-def keep(folder: Path, env: str, noise: float, seed: int, image_size: int, codec: str, number: int) -> Path:
-    """The file of episode `number`, which is empty of all but `success` if it failed; made unless it is there."""
+def kept(folder: Path, env: str, noise: float, seed: int, image_size: int, codec: str, number: int) -> Path:
+    """The file of episode `number`, made unless it is there; of a failed one it is empty."""
     path = folder / f"{number}.npz"
     if not path.exists():
         episode, success = demonstrate(env, noise, seed, number, image_size)
-        arrays = {"success": np.array(success)}
-        if success:
-            arrays |= {name: np.array(episode[name]) for name in ("state", "actions", "instruction")}
-            for name, images in episode["images"].items():
-                pictures = encode(images, codec, make(env, image_size).fps)
-                arrays |= {f"{field}/{name}": np.array(value) for field, value in vars(pictures).items()}
         unfinished = path.with_suffix(".partial")
         with open(unfinished, "wb") as file:
-            np.savez(file, **arrays)
+            if success:
+                images = episode.pop("images")
+                for name in images:
+                    pictures = encode(images[name], codec, make(env, image_size).fps)
+                    episode |= {f"{field}/{name}": value for field, value in vars(pictures).items()}
+                np.savez(file, **episode)
         unfinished.rename(path)
     return path
 
 
-def kept(path: Path, cameras: tuple[str, ...]) -> dict | None:
-    """The episode in a file of `keep`, as LeRobotWriter.add_episode takes it, or None if it failed."""
-    with np.load(path) as arrays:
-        if not arrays["success"]:
-            return None
-        pictures = {}
-        for name in cameras:
-            shape = tuple(arrays[f"shape/{name}"].tolist())
-            data, ends, histogram = (arrays[f"{field}/{name}"] for field in ("data", "ends", "histogram"))
-            pictures[name] = Pictures(str(arrays[f"codec/{name}"]), shape, data, ends, histogram)
-        episode = {"state": arrays["state"], "actions": arrays["actions"], "instruction": str(arrays["instruction"])}
-        return episode | {"images": pictures}
+def read(path: Path, cameras: tuple[str, ...]) -> dict | None:
+    """The episode in a file, as LeRobotWriter.add_episode takes it, or None if it failed."""
+    if not path.stat().st_size:
+        return None
+    with np.load(path) as file:
+        arrays = {name: value if value.ndim else value.item() for name, value in file.items()}
+    images = {}
+    for name in cameras:
+        fields = {field: arrays.pop(f"{field}/{name}") for field in ("codec", "shape", "data", "ends", "histogram")}
+        images[name] = Pictures(**fields | {"shape": tuple(fields["shape"].tolist())})
+    return arrays | {"images": images}
 
 
-def begun(folder: Path, flags: dict) -> None:
+def end_with_parent() -> None:
+    """In a worker process: end when the process that started it has ended, also when it was killed."""
+    Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+
+
+def begin(folder: Path, flags: dict) -> None:
     """Make the folder of the episodes' files; what a run with other flags left there is removed."""
     path, text = folder / "flags.json", json.dumps(flags)
     if not path.exists() or path.read_text() != text:
@@ -123,14 +126,13 @@ def begun(folder: Path, flags: dict) -> None:
 
 def main(config: CollectConfig) -> None:
     world = sim.make(config.env, config.image_size)
-    kinds, per_scene, noise = len(world.tasks), world.tasks_per_scene, config.noise
-    noise = world.noise if noise is None else noise
-    each, rest = divmod(config.episodes, kinds)
+    tasks, noise = world.tasks, world.noise if config.noise is None else config.noise
+    each, rest = divmod(config.episodes, len(tasks))
     if config.episodes_per_task:
         each, rest = config.episodes_per_task, 0
     if each < 1 or rest:
-        expected = "at least 1" if kinds == 1 else f"a multiple of the {kinds} tasks, or --episodes_per_task"
-        raise InputError(f"--episodes is {config.episodes}; expected {expected}")
+        few = "" if len(tasks) == 1 else f" of each of the {len(tasks)} tasks, or --episodes_per_task"
+        raise InputError(f"--episodes is {config.episodes}; expected at least 1{few}")
     writer = LeRobotWriter(
         config.out,
         fps=world.fps,
@@ -140,39 +142,41 @@ def main(config: CollectConfig) -> None:
         robot_type=config.env.split("/")[0],
         codec=config.codec,
     )
-    folder = writer.root.parent / f".{writer.root.name}.episodes"
+    folder = writer.root.with_name(f".{writer.root.name}.episodes")
     flags = {"env": config.env, "noise": noise, "seed": config.seed, "image_size": world.image_size[0]}
     flags |= {"codec": config.codec}
-    act, frames = partial(keep, folder, *flags.values()), 0
-    # Episode n is of task n % kinds; as many more of a task as failed are tried, so the same are recorded every time.
-    tried, solved = [0] * kinds, [0] * kinds
-    with (
-        ProcessPoolExecutor(config.workers, mp_context=get_context("spawn")) as pool,
-        writer,
-        tqdm(total=each * kinds, unit="episode") as bar,
-    ):
-        while min(solved) < each:
-            numbers = [t + kinds * (tried[t] + i) for t in range(kinds) for i in range(each - solved[t])]
-            last = config.seed + max(numbers) // per_scene
+    keep = partial(kept, folder, *flags.values())
+    tried, solved, frames = dict.fromkeys(tasks, 0), dict.fromkeys(tasks, 0), 0
+    pool = ProcessPoolExecutor(config.workers, get_context("spawn"), end_with_parent)
+    with pool, writer, tqdm(total=each * len(tasks), unit="episode") as bar:
+        while missing := {task: each - solved[task] for task in tasks if solved[task] < each}:
+            # As many more of a task as failed, in order: the same are recorded every time.
+            asked = [
+                (task, (tasks.index(task) - config.seed) % len(tasks) + len(tasks) * (tried[task] + i))
+                for task, count in missing.items()
+                for i in range(count)
+            ]
+            last = config.seed + max(number for _, number in asked) // world.tasks_per_scene
             if last >= sim.VALIDATION_SEEDS:
                 raise InputError(f"scene {last} is needed, but from {sim.VALIDATION_SEEDS} on they are for evaluations")
-            begun(folder, flags)
-            together = max(1, min(8, len(numbers) // (2 * config.workers)))  # of one task, which is quicker
-            for number, path in zip(numbers, pool.map(act, numbers, chunksize=together), strict=True):
-                tried[number % kinds] += 1
-                if (episode := kept(path, world.cameras)) is not None:
+            begin(folder, flags)
+            together = max(1, min(8, len(asked) // (4 * config.workers)))  # of one task: to change it takes a while
+            files = pool.map(keep, [number for _, number in asked], chunksize=together)
+            for (task, _), file in zip(asked, files, strict=True):
+                tried[task] += 1
+                if (episode := read(file, world.cameras)) is not None:
                     writer.add_episode(**episode)
-                    solved[number % kinds] += 1
-                    frames += len(episode["actions"])
+                    solved[task], frames = solved[task] + 1, frames + len(episode["actions"])
                     bar.update()
-            for task, attempts, successes in zip(world.tasks, tried, solved, strict=True):
-                if attempts >= 20 and successes < attempts / 20:
-                    what = f"{successes} of {attempts} episodes" + (f" of {task}" if kinds > 1 else "")
-                    raise InputError(f"the expert solved {what} with --noise {noise}; lower it")
+            for task in missing:
+                if tried[task] >= 20 and solved[task] < tried[task] / 20:
+                    found = f"{solved[task]} of {tried[task]} episodes of {task}"
+                    raise InputError(f"the expert solved {found} with --noise {noise}; lower it")
     shutil.rmtree(folder)
-    failed = ", ".join(f"{n} of {t}" for t, n in zip(world.tasks, map(sub, tried, solved), strict=True) if n)
-    left_out = f"{sum(tried) - sum(solved)} failed episodes left out" + (f": {failed}" if kinds > 1 and failed else "")
-    print(f"{config.out}: {each * kinds} episodes, {frames} frames ({left_out})")
+    failed = {task: tried[task] - each for task in tasks if tried[task] > each}
+    of = f": {', '.join(f'{count} of {task}' for task, count in failed.items())}" if len(tasks) > 1 and failed else ""
+    left_out = f"{sum(failed.values())} failed episodes left out{of}"
+    print(f"{config.out}: {each * len(tasks)} episodes, {frames} frames ({left_out})")
 
 
 if __name__ == "__main__":
