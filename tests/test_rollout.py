@@ -1,6 +1,7 @@
 """Act with a policy, and record what it learns from."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from policies import ARM, TABLETOP, tiny
 
 from vla import InputError, collect, rollout, sim
 from vla.data.lerobot import LeRobotDataset
+from vla.data.write import LeRobotWriter
 from vla.model import VLAPolicy
 from vla.rollout import RolloutConfig, check_fits, interval
 from vla.sim.tabletop import STEP, Tabletop
@@ -347,6 +349,51 @@ def test_number_of_workers_changes_nothing_of_what_is_recorded(tmp_path, capsys)
     assert (tuple(data.state_names), tuple(data.action_names)) == (Tabletop.state_names, Tabletop.action_names)
     left_out = int(capsys.readouterr().out.split("(")[1].split()[0])
     assert left_out > 0  # so that failed episodes were replaced, by the same ones both times
+
+
+@pytest.mark.parametrize("codec", ["png", "h264"])
+def test_collection_that_was_stopped_goes_on_and_ends_as_one_that_was_not(tmp_path, monkeypatch, codec):
+    options, add = {"episodes": 10, "workers": 1, "codec": codec}, LeRobotWriter.add_episode
+
+    def stopped(folder, after):
+        def added(writer, **episode):
+            if writer._num_episodes == after:
+                raise KeyboardInterrupt
+            add(writer, **episode)
+
+        monkeypatch.setattr(LeRobotWriter, "add_episode", added)
+        with pytest.raises(KeyboardInterrupt):
+            collected(folder, **options)
+        monkeypatch.setattr(LeRobotWriter, "add_episode", add)
+        return folder.with_name(f".{folder.name}.episodes")
+
+    expected = collected(tmp_path / "whole", **options)
+    stopped(tmp_path / "stopped", 4)
+    stopped(tmp_path / "stopped", 7)
+    assert collected(tmp_path / "stopped", **options) == expected
+    kept = stopped(tmp_path / "other flags", 4)
+    options["seed"] = 50
+    assert collected(tmp_path / "other flags", **options) == collected(tmp_path / "other", **options) != expected
+    assert not kept.exists()
+    del options["seed"]
+    kept = stopped(tmp_path / "taken", 4)
+    assert sorted(path.suffix for path in kept.iterdir())[:4] == [".json", ".npz", ".npz", ".npz"]
+    shutil.copy(kept / "2.npz", kept / "3.npz")  # what is there is not made again
+    collected(tmp_path / "taken", **options)
+    whole, taken = (LeRobotDataset(tmp_path / name) for name in ("whole", "taken"))
+    ends = np.diff(whole.episode_to, prepend=0)
+    ends[3] = ends[2]
+    np.testing.assert_array_equal(np.diff(taken.episode_to, prepend=0), ends)
+
+
+def test_collection_that_is_interrupted_leaves_the_rest_undone(tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LeRobotWriter, "add_episode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        collected(tmp_path / "set", episodes=400, workers=1)
+    assert len(list((tmp_path / ".set.episodes").glob("*.npz"))) < 200
 
 
 def numbers(count):

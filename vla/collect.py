@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cache, partial
 from multiprocessing import get_context, parent_process
@@ -161,13 +162,14 @@ def main(config: CollectConfig) -> None:
                 raise InputError(f"scene {last} is needed, but from {sim.VALIDATION_SEEDS} on they are for evaluations")
             begin(folder, flags)
             together = max(1, min(8, len(asked) // (4 * config.workers)))  # of one task: to change it takes a while
-            files = pool.map(keep, [number for _, number in asked], chunksize=together)
-            for (task, _), file in zip(asked, files, strict=True):
-                tried[task] += 1
-                if (episode := read(file, world.cameras)) is not None:
-                    writer.add_episode(**episode)
-                    solved[task], frames = solved[task] + 1, frames + len(episode["actions"])
-                    bar.update()
+            numbers = [number for _, number in asked]
+            with closing(pool.map(keep, numbers, chunksize=together)) as files:  # else all are made after an exception
+                for (task, _), file in zip(asked, files, strict=True):
+                    tried[task] += 1
+                    if (episode := read(file, world.cameras)) is not None:
+                        writer.add_episode(**episode)
+                        solved[task], frames = solved[task] + 1, frames + len(episode["actions"])
+                        bar.update()
             for task in missing:
                 if tried[task] >= 20 and solved[task] < tried[task] / 20:
                     found = f"{solved[task]} of {tried[task]} episodes of {task}"

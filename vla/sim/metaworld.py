@@ -5,10 +5,12 @@ the package's observation, so neither objects nor goals; objects and goals are p
 the first success ends an episode.
 """
 
+import atexit
 import importlib.util
 import os
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 
@@ -151,6 +153,9 @@ class Metaworld:
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS
         from metaworld.policies import ENV_POLICY_MAP
 
+        # Of actions that are clipped, as they are meant to be.
+        warnings.filterwarnings("ignore", message="Constant", module="metaworld")
+
         self._env, self._policy, self._camera = ALL_V3_ENVIRONMENTS[name](), ENV_POLICY_MAP[name](), None
         self._env._set_task_called = True  # a task object would fix the places; they come from the seed instead
         self._env._freeze_rand_vec, self._env.seeded_rand_vec = False, True
@@ -213,6 +218,7 @@ def _mujoco():
         if _gl is None:
             _gl = mujoco.GLContext(8, 8)  # what is drawn goes to buffers of its own, of any size
             _gl.make_current()
+            atexit.register(_gl.free)  # while its library is still there
     except Exception as error:  # whatever PyOpenGL finds missing
         what = f"MUJOCO_GL is {os.environ.get('MUJOCO_GL')}, which does not work here ({error!r})"
         raise InputError(f"Meta-World cannot draw: {what}; unset it, or {INSTALL}") from error
