@@ -144,7 +144,7 @@ def main(config: TrainConfig) -> None:
             guard.stopping = True
             return False
         if config.eval.env and main_process:
-            log.video(step, "rollout", rollout.grid(recorded), round(policy.driven.fps))
+            log.video(step, "rollout", rollout.grid(recorded), rollout.film_fps(policy.driven.fps))
         log.metrics(step, values)
         value, sign = values[f"eval/{config.eval.metric}"], -1 if config.eval.metric == "success" else 1
         state.update(evaluated=step, score=sign * value if math.isfinite(value) else None)

@@ -2,6 +2,7 @@
 
 import gc
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -286,12 +287,14 @@ def test_fewer_episodes_than_processes_can_be_acted(flags, tmp_path):
 
 def test_episodes_of_all_processes_count_in_the_success_rate():
     def act(found):
-        def rollout(policy, env, seeds, record, go_on):
+        def rollout(policy, env, seeds, **_):
             found["seeds"] = list(seeds)
             return [evaluate.Episode(seed, "", success=seed % 3 == 0) for seed in seeds]
 
         evaluate.rollout = rollout
-        found["values"], _ = evaluate.closed_loop(Accelerator(cpu=True), torch.nn.Identity(), "tabletop", episodes=7)
+        policy = torch.nn.Identity()
+        policy.config = SimpleNamespace(image_size=(64, 64))
+        found["values"], _ = evaluate.closed_loop(Accelerator(cpu=True), policy, "tabletop", episodes=7)
 
     children = in_children(act, processes=2)
     seeds = sorted(seed for child in children for seed in child.ok().found["seeds"])

@@ -1,6 +1,7 @@
 """Act with a policy, and record what it learns from."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +29,7 @@ def test_expert_solves_every_episode_in_whatever_batch(batch_size):
     episodes = rollout.rollout("expert", "tabletop", seeds, batch_size=batch_size)
     assert [episode.seed for episode in episodes] == seeds
     assert all(episode.success for episode in episodes)
-    assert rollout.summary(episodes)["success_rate"] == 1.0
+    assert rollout.summary(episodes, {})["success_rate"] == 1.0
     for episode in episodes:
         world = Tabletop()
         world.reset(episode.seed)
@@ -67,11 +68,13 @@ def test_episodes_of_a_policy_do_not_depend_on_the_batch_that_they_run_in():
 class Counting:
     """An environment that is solved by the actions seed + 0, seed + 1, … alone, in 1 to 5 steps by its seed."""
 
+    task, fps = "count", 10
+
     def reset(self, seed):
         self.seed, self.count, self.good, self.instruction = seed, 0, True, f"count from {seed}"
         return {"next": seed}
 
-    def step(self, action):
+    def step(self, action, look):
         self.good &= action.tolist() == [self.seed + self.count]
         self.count += 1
         done = self.count == self.seed % 5 + 1
@@ -96,9 +99,9 @@ class Counter:
 
 @pytest.mark.parametrize("batch_size", [1, 3, 11])
 def test_every_world_gets_the_actions_predicted_for_it_while_others_end(monkeypatch, batch_size):
-    monkeypatch.setattr(sim, "make", lambda name: Counting())
+    monkeypatch.setattr(sim, "make", lambda name, image_size: Counting())
     seeds = [0, 4, 3, 14, 11, 20, 7, 8, 29, 33, 41]
-    episodes = rollout.rollout(Counter(), "counting", seeds, batch_size=batch_size, record=4)
+    episodes = rollout.rollout(Counter(), "counting", seeds, batch_size=batch_size, record=range(4))
     assert [(e.seed, e.instruction) for e in episodes] == [(seed, f"count from {seed}") for seed in seeds]
     assert all(episode.success for episode in episodes)
     assert [episode.steps for episode in episodes] == [seed % 5 + 1 for seed in seeds]
@@ -109,7 +112,7 @@ def test_every_world_gets_the_actions_predicted_for_it_while_others_end(monkeypa
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
 def test_see_changes_what_the_policy_sees_of_an_episode_and_not_the_world(monkeypatch, batch_size):
-    monkeypatch.setattr(sim, "make", lambda name: Counting())
+    monkeypatch.setattr(sim, "make", lambda name, image_size: Counting())
     wrong = {1: 1, 3: -5}  # what is added to the observations of these episodes, by their place among the seeds
 
     def see(episode, seen):
@@ -120,9 +123,33 @@ def test_see_changes_what_the_policy_sees_of_an_episode_and_not_the_world(monkey
     assert [episode.instruction for episode in episodes] == [f"count from {seed}" for seed in (8, 9, 23, 34, 2)]
 
 
+def test_ensemble_executes_the_weighted_mean_of_all_that_was_predicted_for_a_step(monkeypatch):
+    acted = {}
+
+    class Noted(Counting):
+        def step(self, action, look):
+            acted[self.seed, self.count] = action
+            return super().step(action, look)
+
+    def predicted(start):
+        return [[start, 0], [10 * start, 0], [100 * start, 0]]
+
+    policy = Counter()
+    policy.predict_chunk = lambda batch: torch.tensor([predicted(start) for start in batch], dtype=torch.float32)
+    monkeypatch.setattr(sim, "make", lambda name, image_size: Noted())
+    rollout.rollout(policy, "counting", [4, 9], batch_size=1, ensemble=0.5)
+    assert len(acted) == 10
+    for (seed, step), action in acted.items():
+        first = max(0, step - 2)  # chunks are of three
+        weights = [math.exp(-0.5 * i) for i in range(step - first + 1)]
+        actions = [predicted(seed + then)[step - then][0] for then in range(first, step + 1)]
+        mean = sum(w * a for w, a in zip(weights, actions, strict=True)) / sum(weights)
+        assert action.tolist() == pytest.approx([mean])
+
+
 def test_untrained_policy_solves_next_to_nothing():
     episodes = rollout.rollout(tiny(), "tabletop", list(range(sim.TEST_SEEDS, sim.TEST_SEEDS + 20)))
-    assert rollout.summary(episodes)["success_rate"] <= 0.1
+    assert rollout.summary(episodes, {})["success_rate"] <= 0.1
     assert all(episode.steps == Tabletop.max_steps or episode.success for episode in episodes)
 
 
@@ -294,13 +321,13 @@ def test_baselines_are_the_expert_an_untrained_policy_and_this_one_blinded_or_mi
         }
     baselines = json.loads(out.read_text())["baselines"]
     assert len(baselines) == 4
-    assert baselines["expert"] == {"success_rate": 1.0, "interval": list(interval(2, 2))}
+    assert baselines["expert"] == {"success_rate": 1.0, "interval": list(interval(2, 2)), "episodes": 2}
     assert baselines["untrained"]["success_rate"] < 1
 
 
 def test_summary_counts_by_instruction():
     episodes = [rollout.Episode(s, text, s > 1, steps=s) for s, text in enumerate(["b", "a", "b", "b"])]
-    summary = rollout.summary(episodes)
+    summary = rollout.summary(episodes, {})
     assert summary["success_rate"] == 0.5
     assert summary["mean_steps"] == 1.5
     assert (summary["seeds"], summary["successes"]) == ([0, 1, 2, 3], [False, False, True, True])

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from vla import sim
 from vla.data.stream import Samples
 from vla.model.policy import VLAPolicy
-from vla.rollout import Episode, rollout
+from vla.rollout import Episode, processes, rollout
 
 
 @torch.no_grad()
@@ -88,16 +88,21 @@ def closed_loop(
     record: int = 4,
     go_on: Callable[[], bool] = lambda: True,
 ) -> tuple[dict[str, float] | None, list[Episode]]:
-    """Success rate in an environment, the episodes shared out over the processes; every process calls this.
+    """Success rate in an environment and in each tier of its tasks, the episodes shared out over the processes.
 
-    Also returns this process's first `record` episodes with their frames. The rate is None, on all processes, if
-    `go_on()` was false on any before all were done.
+    Every process calls this. Also returns its first `record` episodes with their frames. The rates are None, on all
+    processes, if `go_on()` was false on any before all were done.
     """
     seeds = [sim.VALIDATION_SEEDS + i for i in range(episodes)][accelerator.process_index :: accelerator.num_processes]
+    world = sim.make(env)
+    options = {"image_size": max(policy.config.image_size), "workers": processes(world)}
     policy.eval()
-    done = rollout(policy, env, seeds, record=record, go_on=go_on)
+    done = rollout(policy, env, seeds, record=range(record), go_on=go_on, **options)
     policy.train()
-    totals = [sum(e.success for e in done), len(done)]
-    totals = torch.tensor(totals, dtype=torch.float64, device=accelerator.device)
-    successes, count = accelerator.reduce(totals, "sum").tolist()
-    return {"eval/success": successes / count} if count == episodes else None, done[:record]
+    groups = {"": done}
+    groups |= {f"/{tier}": [e for e in done if e.task in tasks] for tier, tasks in world.tiers.items()}
+    sums = [[sum(e.success for e in own), len(own)] for own in groups.values()]
+    sums = torch.tensor(sums, dtype=torch.float64, device=accelerator.device)
+    sums = dict(zip(groups, accelerator.reduce(sums, "sum").tolist(), strict=True))
+    rates = {f"eval/success{group}": successes / count for group, (successes, count) in sums.items() if count}
+    return rates if sums[""][1] == episodes else None, done[:record]

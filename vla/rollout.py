@@ -5,10 +5,16 @@ python -m vla.rollout --policy runs/demo/export --env tabletop
 
 import json
 import math
+import os
+import shlex
+import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+import time
+from collections import deque
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -21,17 +27,8 @@ from vla import InputError, keyed, sim
 from vla.log import gif
 from vla.model.policy import VLAPolicy
 from vla.model.spec import PolicyConfig, check
-
-
-@dataclass
-class Episode:
-    """How one episode went; frames are kept if asked for, uint8 [L, h, w, 3]."""
-
-    seed: int
-    instruction: str
-    success: bool = False
-    steps: int = 0
-    frames: list[np.ndarray] = field(default_factory=list)
+from vla.options import run_folder
+from vla.sim.parallel import Episode, Lane, Workers, film_fps
 
 
 def rollout(
@@ -39,51 +36,71 @@ def rollout(
     env: str,
     seeds: list[int],
     batch_size: int = 128,
-    record: int = 0,
+    record: Collection[int] = (),
     progress: bool = False,
     see: Callable[[int, dict], dict] = lambda episode, observation: observation,
     go_on: Callable[[], bool] = lambda: True,
+    image_size: int = 0,
+    ensemble: float | None = None,
+    workers: int = 0,
 ) -> list[Episode]:
-    """One episode for each seed, up to batch_size at once with their inference in one batch.
+    """One episode for each seed, about batch_size at once, in one batch of inference those that wait for actions.
 
     Once go_on() is false no further action is taken, and only the episodes that are done are returned.
 
-    A policy executes the first n_action_steps of each chunk. The first `record` episodes keep their frames. `see` makes
-    of an episode's number and observation what the policy sees. Results do not depend on batch_size but for rounding.
+    A policy executes the first n_action_steps of each chunk; or with `ensemble` one action, the mean of all that were
+    predicted for this step, the one i predictions younger than the oldest weighing exp(-ensemble * i) (Zhao et al.,
+    2023, "Learning fine-grained bimanual manipulation with low-cost hardware"). Episodes of the places in `record` keep
+    their frames. `see` makes of an episode's place and observation what the policy sees. image_size: see sim.make.
+    workers: processes that the environments run in (0: in this one). Results do not depend on batch_size and workers
+    but for rounding.
     """
-    episodes = []
-    bar = tqdm(total=len(seeds), unit="episode", disable=not progress)
-    for start in range(0, len(seeds), batch_size):
-        worlds = [sim.make(env) for _ in seeds[start : start + batch_size]]
-        observations = [world.reset(seed) for world, seed in zip(worlds, seeds[start:], strict=False)]
-        batch = [Episode(seed, world.instruction) for world, seed in zip(worlds, seeds[start:], strict=False)]
-        running = list(range(len(worlds)))
-        while running:
-            if not go_on():
-                return [*episodes, *(episode for i, episode in enumerate(batch) if i not in running)]
-            if policy == "expert":
-                chunks = np.stack([worlds[i].expert() for i in running])[:, None]  # [running, 1, A]
-            else:
-                seen = [see(start + i, observations[i]) for i in running]
-                # Noise by (seed, steps so far), so that an episode is the same in whatever batch it runs.
-                key = keyed.derive(0, torch.tensor([batch[i].seed * 10_000 + batch[i].steps for i in running]))
-                chunks = policy.predict_chunk(policy.collate(seen, key)).float().cpu().numpy()
-                chunks = chunks[:, : policy.config.model.n_action_steps, : len(policy.driven.action_names)]
-            for i, chunk in zip(list(running), chunks, strict=True):
-                for action in chunk:
-                    if start + i < record:
-                        batch[i].frames.append(worlds[i].render())
-                    observations[i], batch[i].success, done = worlds[i].step(action)
-                    batch[i].steps += 1
-                    if done:
-                        if start + i < record:
-                            batch[i].frames.append(worlds[i].render())
-                        running.remove(i)
-                        bar.update()
-                        break
-        episodes += batch
-    bar.close()
-    return episodes
+    episodes: list[Episode | None] = [None] * len(seeds)
+    to_begin = deque((i, seed, i in record) for i, seed in enumerate(seeds))
+    workers = min(workers, len(seeds))
+    lanes = max(1, workers)
+    size = lanes * -(-min(batch_size, len(seeds)) // lanes)
+    predicted: dict[int, deque[tuple[int, np.ndarray]]] = {}  # with `ensemble`: the step of each chunk, and the chunk
+
+    def actions(waiting: dict[int, tuple[int, dict]]) -> dict[int, np.ndarray]:
+        """What each of these executes next, float [n, A]."""
+        seen = [see(i, observation) for i, (_, observation) in waiting.items()]
+        # Noise by (seed, steps so far), so that an episode is the same in whatever batch it runs.
+        counters = [seeds[i] * 10_000 + steps for i, (steps, _) in waiting.items()]
+        # Who waits with whom is chance among processes; in batches of one shape it is all the same to the others.
+        missing = size - len(seen) if workers else 0
+        key = keyed.derive(0, torch.tensor(counters + counters[:1] * missing))
+        chunks = policy.predict_chunk(policy.collate(seen + seen[:1] * missing, key))[: len(seen)].float().cpu().numpy()
+        chunks = dict(zip(waiting, chunks[:, :, : len(policy.driven.action_names)], strict=True))
+        if ensemble is None:
+            return {i: chunk[: policy.config.model.n_action_steps] for i, chunk in chunks.items()}
+        means = {}
+        for i, chunk in chunks.items():
+            now, past = waiting[i][0], predicted.setdefault(i, deque(maxlen=len(chunk)))
+            past.append((now, chunk))
+            means[i] = np.average([c[now - step] for step, c in past], 0, np.exp(-ensemble * np.arange(len(past))))[
+                None
+            ]
+        return means
+
+    crew = Workers(partial(Lane, env, image_size, policy == "expert"), workers)
+    with crew, tqdm(total=len(seeds), unit="episode", disable=not progress) as bar:
+        first = [to_begin.popleft() for _ in range(min(size, len(seeds)))]
+        for lane in range(lanes):
+            crew.send(lane, first[lane::lanes], {})
+        while crew.busy and go_on():
+            answers = crew.receive()
+            waiting = {i: each for _, (own, _) in answers for i, each in own.items()}
+            chosen = actions(waiting) if waiting else {}
+            for lane, (own, done) in answers:
+                for i, episode in done.items():
+                    episodes[i] = episode
+                    predicted.pop(i, None)
+                bar.update(len(done))
+                begin = [to_begin.popleft() for _ in range(min(len(done), len(to_begin)))]
+                if own or begin:
+                    crew.send(lane, begin, {i: chosen[i] for i in own})
+    return [episode for episode in episodes if episode]
 
 
 def interval(successes: int, episodes: int) -> tuple[float, float]:
@@ -151,22 +168,31 @@ class RolloutConfig:
 
     # Folder that VLAPolicy.from_pretrained takes: an export, a checkpoint, or a name on the Hugging Face hub.
     policy: str
-    # Environment to act in.
-    env: Literal["tabletop"]
-    # Episodes, on the seeds from `seed` on.
-    episodes: int = 100
+    # Environment to act in: tabletop, metaworld, or metaworld/TASK.
+    env: str
+    # Episodes, on the seeds from `seed` on (default: 10 of each task, where the environment has several; else 100).
+    episodes: int | None = None
     # First seed; training never sees scenes from this one on.
     seed: int = sim.TEST_SEEDS
     # Actions executed of each chunk (0: as the policy was configured).
     n_action_steps: int = 0
+    # Predict at every step, and execute the mean of all that was predicted for it, the one i predictions younger than
+    # the oldest weighing exp(-i * this), such as 0.01 (temporal ensembling: Zhao et al., 2023).
+    ensemble: float | None = None
     # Data set of the policy whose robot acts (default: the one that fits the environment).
     dataset: str = ""
     # Also act with the expert, with an untrained policy, and with this policy blinded or misled.
     baselines: bool = False
     # Write the results here, as JSON.
     out: str = ""
-    # Write a moving picture of the first 9 episodes here.
+    # Write a moving picture of some episodes here.
     gif: str = ""
+    # Which ones, by their place.
+    gif_episodes: tuple[int, ...] = tuple(range(9))
+    # Episodes at once.
+    batch_size: int = 128
+    # Processes for the environments (default: one for each core in Meta-World; 0, which is this one, on the tabletop).
+    workers: int | None = None
     # Where the policy runs.
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -178,8 +204,13 @@ def main(config: RolloutConfig) -> None:
         raise InputError(
             f"--policy {config.policy} is no folder with a config.json; give an export, such as runs/NAME/export"
         )
-    if config.episodes < 1:
-        raise InputError(f"--episodes is {config.episodes}; expected at least 1")
+    world = sim.make(config.env)
+    tasks, tiers = world.tasks, world.tiers
+    count = config.episodes
+    if count is None:
+        count = 10 * len(tasks) if len(tasks) > 1 else 100
+    if count < 1:
+        raise InputError(f"--episodes is {count}; expected at least 1")
     for file in filter(None, (config.out, config.gif)):
         Path(file).parent.mkdir(parents=True, exist_ok=True)  # now, and not when there is something to lose
     policy = VLAPolicy.from_pretrained(config.policy).to(config.device)
@@ -189,56 +220,108 @@ def main(config: RolloutConfig) -> None:
     policy.config = replace(policy.config, model=replace(policy.config.model, n_action_steps=steps))
     check(policy.config)
 
-    seeds = list(range(config.seed, config.seed + config.episodes))
-    episodes = rollout(policy, config.env, seeds, record=9 if config.gif else 0, progress=True)
-    result = summary(episodes) | {
+    seeds = list(range(config.seed, config.seed + count))
+    workers = processes(world) if config.workers is None else config.workers
+    options = {"env": config.env, "seeds": seeds, "batch_size": config.batch_size, "workers": workers}
+    options |= {"ensemble": config.ensemble, "image_size": max(policy.config.image_size)}
+    shown = [i for i in config.gif_episodes if i < count] if config.gif else []
+    started = time.perf_counter()
+    episodes = rollout(policy, record=shown, progress=True, **options)
+    result = summary(episodes, tiers) | {
         "env": config.env,
         "policy": config.policy,
         "dataset": dataset,
-        "n_action_steps": steps,
+        "episodes_per_task": count / len(tasks),
+        "n_action_steps": steps if config.ensemble is None else 1,
+        "ensemble": config.ensemble,
+        "seconds": time.perf_counter() - started,
+        **origin(Path(config.policy), config.device),
     }
     if config.baselines:
         untrained = policy.untrained().to(config.device).eval()
         untrained.drive(dataset)
         words = [episode.instruction for episode in episodes]
         baselines = {
-            "expert": rollout("expert", config.env, seeds),
-            "untrained": rollout(untrained, config.env, seeds),
-            "images blanked": rollout(
-                policy, config.env, seeds, see=lambda i, seen: seen | {"images": 0 * seen["images"]}
-            ),
+            "expert": rollout("expert", **options),
+            "untrained": rollout(untrained, **options),
+            "images blanked": rollout(policy, see=lambda i, seen: seen | {"images": 0 * seen["images"]}, **options),
             "told another scene's instruction": rollout(
-                policy, config.env, seeds, see=lambda i, seen: seen | {"instruction": words[i - 1]}
+                policy, see=lambda i, seen: seen | {"instruction": words[i - 1]}, **options
             ),
         }
-        result["baselines"] = {
-            name: {key: summary(done)[key] for key in ("success_rate", "interval")} for name, done in baselines.items()
-        }
+        result["baselines"] = {name: rate(done) for name, done in baselines.items()}
     if config.gif:
-        Path(config.gif).write_bytes(gif(grid([e for e in episodes if e.frames]), sim.make(config.env).fps))
+        Path(config.gif).write_bytes(gif(grid([episodes[i] for i in shown]), film_fps(world.fps)))
     if config.out:
         Path(config.out).write_text(json.dumps(result, indent=2) + "\n")
     for name, baseline in result.get("baselines", {}).items():
         print(f"{name}: {_percent(baseline)}")
+    for tier, names in (tiers or {"": tasks}).items() if len(tasks) > 1 else ():
+        rows = {f"  {name}": result["tasks"][name] for name in names if name in result["tasks"]}
+        for name, each in ({tier: result["tiers"][tier]} if tier in result["tiers"] else {} | rows).items():
+            print(f"{name:32}{_percent(each)}")
+    if "tier_mean" in result:
+        print(f"mean of the {len(tiers)} tiers: {result['tier_mean']:.1f} %")
     scenes = "scenes never seen in training" if config.seed >= sim.TEST_SEEDS else "scenes"
-    print(f"success rate in {config.env}: {_percent(result)} on {config.episodes} {scenes}")
+    print(f"success rate in {config.env}: {_percent(result)} on {count} {scenes}")
 
 
-def summary(episodes: list[Episode]) -> dict:
-    """success_rate, its 95 % interval, and all that it comes from."""
-    by_instruction: dict[str, list[bool]] = {}
-    for episode in episodes:
-        by_instruction.setdefault(episode.instruction, []).append(episode.success)
-    successes = sum(episode.success for episode in episodes)
+def processes(world) -> int:
+    """How many processes its episodes are worth here, where this machine's cores are shared by LOCAL_WORLD_SIZE."""
+    cores = len(os.sched_getaffinity(0))
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if world.own_process else 0
+
+
+def origin(policy: Path, device: str) -> dict:
+    """Where a result comes from: train_seconds (None if unknown), command, commit (None if unknown), hardware."""
+    run = run_folder(policy.parent if policy.name == "export" else policy) / "result.json"
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    except OSError:  # git is not installed
+        commit = None
+    accelerator = f"{torch.cuda.get_device_name(device)}, " if device.startswith("cuda") else ""
     return {
-        "success_rate": successes / len(episodes),
-        "interval": interval(successes, len(episodes)),
-        "episodes": len(episodes),
+        "train_seconds": json.loads(run.read_text())["seconds"] if run.is_file() else None,
+        "command": shlex.join(["python", "-m", "vla.rollout", *sys.argv[1:]]),
+        "commit": commit,
+        "hardware": f"{accelerator}{os.cpu_count()} CPU cores",
+    }
+
+
+def rate(episodes: list[Episode]) -> dict:
+    """success_rate, its 95 % interval, and the number of episodes."""
+    successes, count = sum(episode.success for episode in episodes), len(episodes)
+    return {"success_rate": successes / count, "interval": interval(successes, count), "episodes": count}
+
+
+def grouped(episodes: list[Episode], key: Callable[[Episode], str]) -> dict[str, list[Episode]]:
+    """Episodes by what the key gives, in its order."""
+    groups: dict[str, list[Episode]] = {}
+    for episode in sorted(episodes, key=key):
+        groups.setdefault(key(episode), []).append(episode)
+    return groups
+
+
+def summary(episodes: list[Episode], tiers: dict[str, tuple[str, ...]]) -> dict:
+    """success_rate, its 95 % interval, all that it comes from, and the same of each task and tier that was played.
+
+    With episodes of all tiers also tier_mean, the mean of their rates in percent.
+    """
+    of = {task: tier for tier, tasks in tiers.items() for task in tasks}
+    by_tier = {t: rate(e) for t, e in grouped([e for e in episodes if e.task in of], lambda e: of[e.task]).items()}
+    rates = [each["success_rate"] for each in by_tier.values()]
+    return {
+        **({"tier_mean": 100 * sum(rates) / len(rates)} if tiers and len(rates) == len(tiers) else {}),
+        **rate(episodes),
+        "tiers": {tier: by_tier[tier] for tier in tiers if tier in by_tier},
+        "tasks": {task: rate(each) for task, each in grouped(episodes, lambda e: e.task).items()},
         "mean_steps": sum(episode.steps for episode in episodes) / len(episodes),
         "seeds": [episode.seed for episode in episodes],
         "successes": [episode.success for episode in episodes],
         "instructions": {
-            text: {"success_rate": sum(s) / len(s), "episodes": len(s)} for text, s in sorted(by_instruction.items())
+            text: {"success_rate": rate(each)["success_rate"], "episodes": len(each)}
+            for text, each in grouped(episodes, lambda e: e.instruction).items()
         },
     }
 

@@ -1,0 +1,77 @@
+"""Episodes in processes of their own."""
+
+import os
+import time
+from functools import partial
+
+import numpy as np
+import pytest
+from policies import tiny
+
+from vla import InputError, rollout, sim
+from vla.sim.parallel import Lane, Workers, film_fps, film_stride
+
+
+@pytest.mark.parametrize("film", [(), (0, 3)])
+def test_number_of_processes_changes_no_episode(film):
+    policy, seeds = tiny(), list(range(sim.TEST_SEEDS, sim.TEST_SEEDS + 5))
+    found = [rollout.rollout(policy, "tabletop", seeds, 4, film, workers=workers) for workers in (0, 1, 2)]
+    for episodes in found[1:]:
+        for episode, expected in zip(episodes, found[0], strict=True):
+            assert vars(episode) | {"frames": []} == vars(expected) | {"frames": []}
+            assert np.array_equal(episode.frames, expected.frames)
+    assert [bool(episode.frames) for episode in found[0]] == [i in film for i in range(5)]
+
+
+def test_policy_sees_one_shape_whoever_waits(monkeypatch):
+    policy, shapes = tiny(), set()
+    predict = policy.predict_chunk
+    policy.predict_chunk = lambda batch: (shapes.add(batch["state"].shape), predict(batch))[1]
+    rollout.rollout(policy, "tabletop", list(range(5)), batch_size=4, workers=2)
+    assert shapes == {(4, len(policy.driven.state_names))}
+
+
+def test_expert_acts_in_processes():
+    episodes = rollout.rollout("expert", "tabletop", list(range(7)), workers=2)
+    assert [(e.seed, e.success) for e in episodes] == [(seed, True) for seed in range(7)]
+
+
+def test_no_action_is_taken_once_it_is_not_to_go_on():
+    calls = iter([True, True, False])
+    episodes = rollout.rollout("expert", "tabletop", list(range(9)), 2, workers=2, go_on=lambda: next(calls))
+    assert 1 <= len(episodes) < 9
+
+
+def test_what_goes_wrong_in_a_process_is_told():
+    with pytest.raises(InputError, match="environment 'nowhere' is unknown"):
+        rollout.rollout("expert", "nowhere", [1], workers=1)
+    with Workers(partial(partial, os._exit), 2) as workers:
+        workers.send(1, 3)
+        with pytest.raises(RuntimeError, match="process 1 of 2 ended by itself, code 3"):
+            workers.receive()
+
+
+def test_processes_end_with_the_block_whatever_they_do():
+    with Workers(partial(partial, time.sleep), 2) as workers:
+        workers.send(0, 1000)
+    assert [process.poll() for process in workers.processes] == [-9, -9]
+
+
+def test_lane_begins_and_goes_on_with_episodes_by_their_numbers():
+    lane = Lane("tabletop", 32, expert=False)
+    waiting, done = lane([(4, 0, False), (7, 1, True)], {})
+    assert (waiting.keys(), done) == ({4, 7}, {})
+    assert [(steps, seen["images"].shape) for steps, seen in waiting.values()] == [(0, (2, 3, 32, 32))] * 2
+    for chunk in range(1, 4):
+        waiting, done = lane([], {4: np.zeros((10, 3)), 7: np.zeros((9, 3))})
+        assert {number: steps for number, (steps, _) in waiting.items()} == {4: 10 * chunk, 7: 9 * chunk}
+    waiting, done = lane([], {4: np.zeros((10, 3)), 7: np.zeros((9, 3))})
+    assert (waiting.keys(), done.keys()) == ({7}, {4})
+    assert (done[4].steps, done[4].success, done[4].frames) == (40, False, [])
+    waiting, done = lane([(5, 2, False)], {7: np.zeros((9, 3))})
+    assert (waiting.keys(), done.keys(), len(done[7].frames)) == ({5}, {7}, 41)
+
+
+@pytest.mark.parametrize(("fps", "stride", "shown"), [(10, 1, 10), (20, 1, 20), (30, 2, 15), (80, 4, 20)])
+def test_films_have_at_most_twenty_frames_a_second(fps, stride, shown):
+    assert (film_stride(fps), film_fps(fps)) == (stride, shown)
