@@ -1,5 +1,6 @@
 # make demo    the whole job on this machine: collect, train, export, act (about 5 minutes on 2 cores)
 # make test    all tests        make lint    ruff        make setup    the environment        make clean    remove what these made
+# make test-sim    install Meta-World (requirements-sim.txt), and run the tests of environments
 # make chaos   kill a whole training job KILLS times, resume it, compare with one that was not stopped (100: half an hour)
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ DEMO_POLICY := --model.width 64 --model.attention_heads 4 --model.mlp_ratio 2 --
 DEMO_OPTIM := --global_batch_size 32 --optim.lr 1.5e-3 --optim.warmup_steps 100 --optim.weight_decay 1e-4 --optim.ema 0.995
 DEMO_HEAD := --model.head regression --model.gripper_dims 2 --model.loss.mse 0.9 --model.loss.l1 0.1
 
-.PHONY: setup demo test chaos lint clean
+.PHONY: setup demo test test-sim chaos lint clean
 
 setup: .venv/ready .venv/ready-dev
 
@@ -37,6 +38,10 @@ demo: .venv/ready
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-sim: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-sim.txt
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/sim
 
 chaos: setup
 	OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= $(BIN)/python tests/chaos.py --kills $(KILLS)

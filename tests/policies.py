@@ -15,12 +15,12 @@ TABLETOP = DatasetSpec("tabletop", Tabletop.cameras, Tabletop.state_names, Table
 ARM = DatasetSpec("arm", ("gripper",), ("x", "y"), ("joint_0", "joint_1", "joint_2", "claw"), 50)
 
 
-def tiny(seed=0, image_size=(64, 64), datasets=(TABLETOP,), **model):
+def tiny(seed=0, image_size=(64, 64), datasets=(TABLETOP,), cameras=Tabletop.cameras, **model):
     """A small policy for the table or for several robots, which knows nothing but does something."""
     torch.manual_seed(seed)
     sizes = {"chunk_size": 8, "width": 32, "attention_heads": 2, "language_layers": 1, "head_layers": 1}
     config = ModelConfig(**sizes | {"mlp_ratio": 2, "flow_steps": 2} | model)
-    policy = VLAPolicy(PolicyConfig(config, Tabletop.cameras, image_size, datasets)).eval()
+    policy = VLAPolicy(PolicyConfig(config, cameras, image_size, datasets)).eval()
     policy.set_statistics([(values(len(spec.state_names)), values(len(spec.action_names))) for spec in datasets])
     nn.init.normal_(policy.action_head.decoder.out[-1].weight, std=0.3)
     return policy

@@ -256,10 +256,8 @@ def main(config: RolloutConfig) -> None:
         Path(config.out).write_text(json.dumps(result, indent=2) + "\n")
     for name, baseline in result.get("baselines", {}).items():
         print(f"{name}: {_percent(baseline)}")
-    for tier, names in (tiers or {"": tasks}).items() if len(tasks) > 1 else ():
-        rows = {f"  {name}": result["tasks"][name] for name in names if name in result["tasks"]}
-        for name, each in ({tier: result["tiers"][tier]} if tier in result["tiers"] else {} | rows).items():
-            print(f"{name:32}{_percent(each)}")
+    if tiers:
+        print(table(result, tiers))
     if "tier_mean" in result:
         print(f"mean of the {len(tiers)} tiers: {result['tier_mean']:.1f} %")
     scenes = "scenes never seen in training" if config.seed >= sim.TEST_SEEDS else "scenes"
@@ -324,6 +322,15 @@ def summary(episodes: list[Episode], tiers: dict[str, tuple[str, ...]]) -> dict:
             for text, each in grouped(episodes, lambda e: e.instruction).items()
         },
     }
+
+
+def table(result: dict, tiers: dict[str, tuple[str, ...]]) -> str:
+    """Tiers, and under each its tasks that were played, with their rates."""
+    lines = []
+    for tier in result["tiers"]:
+        tasks = {f"  {task}": result["tasks"][task] for task in tiers[tier] if task in result["tasks"]}
+        lines += [f"{name:32}{_percent(each)}" for name, each in ({tier: result["tiers"][tier]} | tasks).items()]
+    return "\n".join(lines)
 
 
 def _percent(result: dict) -> str:

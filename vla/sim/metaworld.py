@@ -6,6 +6,7 @@ the first success ends an episode.
 """
 
 import atexit
+import importlib
 import importlib.util
 import os
 import subprocess
@@ -216,7 +217,9 @@ def _mujoco():
         import mujoco
 
         if _gl is None:
-            _gl = mujoco.GLContext(8, 8)  # what is drawn goes to buffers of its own, of any size
+            # Not mujoco.GLContext, which is of what MUJOCO_GL was when someone first imported the package. Of any size,
+            # as what is drawn goes to buffers of its own.
+            _gl = importlib.import_module(f"mujoco.{os.environ['MUJOCO_GL'].lower()}").GLContext(8, 8)
             _gl.make_current()
             atexit.register(_gl.free)  # while its library is still there
     except Exception as error:  # whatever PyOpenGL finds missing
