@@ -30,6 +30,8 @@ from vla.model.spec import PolicyConfig, check
 from vla.options import run_folder
 from vla.sim.parallel import Episode, Lane, Workers, film_fps
 
+WORLDS = 8  # at most in each of several processes: one of Meta-World takes 130 MB
+
 
 def rollout(
     policy: VLAPolicy | Literal["expert"],
@@ -59,7 +61,8 @@ def rollout(
     to_begin = deque((i, seed, i in record) for i, seed in enumerate(seeds))
     workers = min(workers, len(seeds))
     lanes = max(1, workers)
-    size = lanes * -(-min(batch_size, len(seeds)) // lanes)
+    each = -(-min(batch_size, len(seeds)) // lanes)
+    size = lanes * (min(each, WORLDS) if workers else each)
     predicted: dict[int, deque[tuple[int, np.ndarray]]] = {}  # with `ensemble`: the step of each chunk, and the chunk
 
     def actions(waiting: dict[int, tuple[int, dict]]) -> dict[int, np.ndarray]:
@@ -67,10 +70,10 @@ def rollout(
         seen = [see(i, observation) for i, (_, observation) in waiting.items()]
         # Noise by (seed, steps so far), so that an episode is the same in whatever batch it runs.
         counters = [seeds[i] * 10_000 + steps for i, (steps, _) in waiting.items()]
-        # Who waits with whom is chance among processes; in batches of one shape it is all the same to the others.
-        missing = size - len(seen) if workers else 0
-        key = keyed.derive(0, torch.tensor(counters + counters[:1] * missing))
-        chunks = policy.predict_chunk(policy.collate(seen + seen[:1] * missing, key))[: len(seen)].float().cpu().numpy()
+        batch = policy.collate(seen, keyed.derive(0, torch.tensor(counters)))
+        if workers:  # who waits with whom is chance there; in batches of one shape it is all the same to the others
+            batch = {name: torch.cat([v, v[:1].expand(size - len(v), *v.shape[1:])]) for name, v in batch.items()}
+        chunks = policy.predict_chunk(batch)[: len(seen)].float().cpu().numpy()
         chunks = dict(zip(waiting, chunks[:, :, : len(policy.driven.action_names)], strict=True))
         if ensemble is None:
             return {i: chunk[: policy.config.model.n_action_steps] for i, chunk in chunks.items()}
@@ -78,9 +81,8 @@ def rollout(
         for i, chunk in chunks.items():
             now, past = waiting[i][0], predicted.setdefault(i, deque(maxlen=len(chunk)))
             past.append((now, chunk))
-            means[i] = np.average([c[now - step] for step, c in past], 0, np.exp(-ensemble * np.arange(len(past))))[
-                None
-            ]
+            weights = np.exp(-ensemble * np.arange(len(past)))
+            means[i] = np.average([chunk[now - step] for step, chunk in past], axis=0, weights=weights)[None]
         return means
 
     crew = Workers(partial(Lane, env, image_size, policy == "expert"), workers)
