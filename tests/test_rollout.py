@@ -423,6 +423,50 @@ def test_collection_that_is_interrupted_leaves_the_rest_undone(tmp_path, monkeyp
     assert len(list((tmp_path / ".set.episodes").glob("*.npz"))) < 200
 
 
+class Tasks(Tabletop):
+    """The table with three tasks that follow from the seed; of the second every other scene fails."""
+
+    tasks, tasks_per_scene = ("one", "two", "three"), 1
+
+    def reset(self, seed, task=0):
+        self.task, self.max_steps = self.tasks[seed % 3], 0 if seed % 6 == 4 else 40
+        return super().reset(seed, task) | {"state": np.array([seed, 0, 0], np.float32)}
+
+
+@pytest.mark.parametrize("seed", [0, 2])
+@pytest.mark.parametrize("options", [{"episodes": 9}, {"episodes_per_task": 3}], ids=str)
+def test_equally_many_episodes_of_each_task_are_recorded(tmp_path, monkeypatch, capsys, seed, options):
+    monkeypatch.setattr(sim, "make", lambda name, image_size: Tasks())
+    monkeypatch.setattr(collect, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(collect, "make", sim.make)
+    collected(tmp_path / "set", seed=seed, noise=0.0, **options)
+    data = LeRobotDataset(tmp_path / "set")
+    seeds = data.state[data.episode_from, 0].astype(int).tolist()
+    ones, twos, threes = ([s for s in seeds if s % 3 == task] for task in range(3))
+    first = {task: next(s for s in range(seed, seed + 3) if s % 3 == task) for task in range(3)}
+    assert ones == [first[0] + 3 * i for i in range(3)]
+    assert threes == [first[2] + 3 * i for i in range(3)]
+    assert twos == [s for s in range(first[1], 100, 3) if s % 6 != 4][:3]
+    found = f"{(twos[-1] - first[1]) // 3 - 2} failed episodes left out"
+    assert found in capsys.readouterr().out
+
+
+class Here:
+    """What stands for processes, in this one."""
+
+    def __init__(self, *_):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def map(self, function, numbers, chunksize):
+        yield from map(function, numbers)
+
+
 def numbers(count):
     """Scenes' seeds and tasks, in the order in which they are demonstrated."""
     return [(number, *divmod(number, Tabletop.tasks_per_scene)) for number in range(count)]
@@ -464,7 +508,7 @@ def test_noise_differs_between_the_tasks_of_a_scene_and_between_scenes():
     assert len(set(moved)) == 8
 
 
-def test_noise_that_the_expert_cannot_overcome_is_refused(tmp_path):
+def test_noise_that_the_expert_cannot_overcome_is_refused(tmp_path, monkeypatch):
     with pytest.raises(
         InputError, match=r"the expert solved \d of \d+ episodes of tabletop with --noise 20.0; lower it"
     ):
@@ -472,3 +516,8 @@ def test_noise_that_the_expert_cannot_overcome_is_refused(tmp_path):
     assert not (tmp_path / "set").exists()
     with pytest.raises(InputError, match="--episodes is 0; expected at least 1"):
         collected(tmp_path / "set", episodes=0)
+    monkeypatch.setattr(sim, "make", lambda name, image_size: Tasks())
+    with pytest.raises(
+        InputError, match="--episodes is 10; expected a multiple of its 3 tasks, or --episodes_per_task"
+    ):
+        collected(tmp_path / "set", episodes=10)

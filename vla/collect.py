@@ -128,12 +128,11 @@ def begin(folder: Path, flags: dict) -> None:
 def main(config: CollectConfig) -> None:
     world = sim.make(config.env, config.image_size)
     tasks, noise = world.tasks, world.noise if config.noise is None else config.noise
-    each, rest = divmod(config.episodes, len(tasks))
-    if config.episodes_per_task:
-        each, rest = config.episodes_per_task, 0
+    total = config.episodes_per_task * len(tasks) or config.episodes
+    each, rest = divmod(total, len(tasks))
     if each < 1 or rest:
-        few = "" if len(tasks) == 1 else f" of each of the {len(tasks)} tasks, or --episodes_per_task"
-        raise InputError(f"--episodes is {config.episodes}; expected at least 1{few}")
+        expected = f"a multiple of its {len(tasks)} tasks, or --episodes_per_task" if len(tasks) > 1 else "at least 1"
+        raise InputError(f"--episodes is {total}; expected {expected}")
     writer = LeRobotWriter(
         config.out,
         fps=world.fps,
@@ -149,7 +148,7 @@ def main(config: CollectConfig) -> None:
     keep = partial(kept, folder, *flags.values())
     tried, solved, frames = dict.fromkeys(tasks, 0), dict.fromkeys(tasks, 0), 0
     pool = ProcessPoolExecutor(config.workers, get_context("spawn"), end_with_parent)
-    with pool, writer, tqdm(total=each * len(tasks), unit="episode") as bar:
+    with pool, writer, tqdm(total=total, unit="episode") as bar:
         while missing := {task: each - solved[task] for task in tasks if solved[task] < each}:
             # As many more of a task as failed, in order: the same are recorded every time.
             asked = [
@@ -178,7 +177,7 @@ def main(config: CollectConfig) -> None:
     failed = {task: tried[task] - each for task in tasks if tried[task] > each}
     of = f": {', '.join(f'{count} of {task}' for task, count in failed.items())}" if len(tasks) > 1 and failed else ""
     left_out = f"{sum(failed.values())} failed episodes left out{of}"
-    print(f"{config.out}: {each * len(tasks)} episodes, {frames} frames ({left_out})")
+    print(f"{config.out}: {total} episodes, {frames} frames ({left_out})")
 
 
 if __name__ == "__main__":

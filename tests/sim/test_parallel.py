@@ -1,8 +1,11 @@
 """Episodes in processes of their own."""
 
 import os
+import subprocess
+import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -55,6 +58,37 @@ def test_processes_end_with_the_block_whatever_they_do():
     with Workers(partial(partial, time.sleep), 2) as workers:
         workers.send(0, 1000)
     assert [process.poll() for process in workers.processes] == [-9, -9]
+
+
+ENDLESS = {
+    "collect": "collect.main(collect.CollectConfig('tabletop', sys.argv[1], 400_000, workers=2))",
+    "workers": "w = Workers(partial(Lane, 'tabletop', 64, True), 2); w.send(0, [(i, i, 0) for i in range(300)], {})",
+}
+
+
+@pytest.mark.parametrize("what", ENDLESS)
+def test_processes_end_with_one_that_is_killed(tmp_path, what):
+    imports = "import sys; from functools import partial; from vla import collect; from vla.sim.parallel import *; "
+    (tmp_path / "script.py").write_text(f"{imports}\nif __name__ == '__main__':\n    {ENDLESS[what]}\n    input()\n")
+    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "set")]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
+
+    def running(pids):
+        states = [Path(f"/proc/{pid}/stat") for pid in pids]
+        return [state for state in states if state.exists() and ") Z" not in state.read_text()]
+
+    children, deadline = [], time.monotonic() + 30
+    while len(children) < 2 and time.monotonic() < deadline:
+        time.sleep(0.2)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    time.sleep(1)
+    assert len(running(children)) >= 2
+    process.kill()
+    process.wait()
+    while running(children) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not running(children)
 
 
 def test_lane_begins_and_goes_on_with_episodes_by_their_numbers():
