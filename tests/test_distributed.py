@@ -303,6 +303,26 @@ def test_episodes_of_all_processes_count_in_the_success_rate():
     assert [child.found["values"] for child in children] == [{"eval/success": expected}] * 2
 
 
+def test_tiers_of_tasks_have_success_rates_of_their_own():
+    def act(found):
+        def rollout(policy, env, seeds, **_):
+            return [evaluate.Episode(seed, "", success=seed % 3 == 0, task="abc"[seed % 4 % 3]) for seed in seeds]
+
+        evaluate.rollout = rollout
+        tiers = {"easy": ("a", "b"), "hard": ("c",), "unseen": ("d",)}
+        evaluate.sim.make = lambda env: SimpleNamespace(tiers=tiers, own_process=False)
+        policy = torch.nn.Identity()
+        policy.config = SimpleNamespace(image_size=(64, 64))
+        found["values"], _ = evaluate.closed_loop(Accelerator(cpu=True), policy, "table", episodes=13)
+
+    seeds = range(sim.VALIDATION_SEEDS, sim.VALIDATION_SEEDS + 13)
+    rates = {"eval/success": [seed % 3 == 0 for seed in seeds]}
+    rates["eval/success/easy"] = [seed % 3 == 0 for seed in seeds if seed % 4 != 2]
+    rates["eval/success/hard"] = [seed % 3 == 0 for seed in seeds if seed % 4 == 2]
+    expected = {name: sum(each) / len(each) for name, each in rates.items()}
+    assert [child.ok().found["values"] for child in in_children(act, processes=2)] == [expected] * 2
+
+
 def untrained(data):
     """A policy and the samples of all episodes, in order."""
     dataset = LeRobotDataset(data)

@@ -13,6 +13,7 @@ from policies import tiny
 
 from vla import InputError, rollout, sim
 from vla.sim.parallel import Lane, Workers, film_fps, film_stride
+from vla.sim.tabletop import Tabletop
 
 
 @pytest.mark.parametrize("film", [(), (0, 3)])
@@ -107,5 +108,8 @@ def test_lane_begins_and_goes_on_with_episodes_by_their_numbers():
 
 
 @pytest.mark.parametrize(("fps", "stride", "shown"), [(10, 1, 10), (20, 1, 20), (30, 2, 15), (80, 4, 20)])
-def test_films_have_at_most_twenty_frames_a_second(fps, stride, shown):
+def test_films_have_at_most_twenty_frames_a_second(monkeypatch, fps, stride, shown):
     assert (film_stride(fps), film_fps(fps)) == (stride, shown)
+    monkeypatch.setattr(Tabletop, "fps", fps)
+    _, done = Lane("tabletop", 32, expert=True)([(0, 0, True)], {})
+    assert len(done[0].frames) == -(-done[0].steps // stride) + 1
