@@ -81,7 +81,7 @@ def demonstrate(env: str, noise: float, seed: int, number: int, image_size: int 
     return episode, success
 
 
-def kept(folder: Path, env: str, noise: float, seed: int, image_size: int, codec: str, number: int) -> Path:
+def kept(number: int, folder: Path, env: str, noise: float, seed: int, image_size: int, codec: str) -> Path:
     """The file of episode `number`, made unless it is there; of a failed one it is empty."""
     path = folder / f"{number}.npz"
     if not path.exists():
@@ -143,9 +143,9 @@ def main(config: CollectConfig) -> None:
         codec=config.codec,
     )
     folder = writer.root.with_name(f".{writer.root.name}.episodes")
-    flags = {"env": config.env, "noise": noise, "seed": config.seed, "image_size": world.image_size[0]}
-    flags |= {"codec": config.codec}
-    keep = partial(kept, folder, *flags.values())
+    flags = {"env": config.env, "noise": noise, "seed": config.seed, "codec": config.codec}
+    flags["image_size"] = world.image_size[0]
+    keep = partial(kept, folder=folder, **flags)
     tried, solved, frames = dict.fromkeys(tasks, 0), dict.fromkeys(tasks, 0), 0
     pool = ProcessPoolExecutor(config.workers, get_context("spawn"), end_with_parent)
     with pool, writer, tqdm(total=total, unit="episode") as bar:
