@@ -91,10 +91,12 @@ class Counter:
     driven = SimpleNamespace(action_names=("number",))  # of a policy that has a robot with two
 
     def collate(self, observations, key):
-        return [observation["next"] for observation in observations]
+        return {"next": torch.tensor([observation["next"] for observation in observations]), "key": key}
 
     def predict_chunk(self, batch):
-        return torch.tensor([[[start, 0], [start + 1, 0], [-1, 0]] for start in batch], dtype=torch.float32)
+        return torch.tensor(
+            [[[start, 0], [start + 1, 0], [-1, 0]] for start in batch["next"].tolist()], dtype=torch.float32
+        )
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 11])
@@ -135,7 +137,9 @@ def test_ensemble_executes_the_weighted_mean_of_all_that_was_predicted_for_a_ste
         return [[start, 0], [10 * start, 0], [100 * start, 0]]
 
     policy = Counter()
-    policy.predict_chunk = lambda batch: torch.tensor([predicted(start) for start in batch], dtype=torch.float32)
+    policy.predict_chunk = lambda batch: torch.tensor(
+        [predicted(start) for start in batch["next"].tolist()], dtype=torch.float32
+    )
     monkeypatch.setattr(sim, "make", lambda name, image_size: Noted())
     rollout.rollout(policy, "counting", [4, 9], batch_size=1, ensemble=0.5)
     assert len(acted) == 10
