@@ -15,6 +15,7 @@ launched it.
 
 import gzip
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -80,16 +81,10 @@ def measure(name: str, folder: Path, asked: Namespace) -> dict:
                 steps = f"--steps {WARM + asked.steps} --log.every {asked.steps // 5} --eval.every 0 {UNSAVED}"
                 found[side].append(train(run, f"{flags} {steps}", until=WARM + asked.steps))
             else:
-                command = [
-                    sys.executable,
-                    ROOT / "benchmarks/loops.py",
-                    side,
-                    asked.steps,
-                    *flags.split(),
-                    "--run_dir",
-                    run,
-                ]
-                done = subprocess.run([*map(str, command), "--steps", "1"], cwd=ROOT, capture_output=True, text=True)
+                own = f"{flags} --run_dir {run} --steps 1"
+                command = [sys.executable, "benchmarks/loops.py", side, str(asked.steps), *own.split()]
+                env = os.environ | {"GOMP_SPINCOUNT": "1000"}  # as train.py sets it
+                done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
                 if done.returncode:
                     sys.exit(f"{side}: {done.stderr[-3000:]}")
                 found[side].append(json.loads(done.stdout.splitlines()[-1]))
@@ -148,7 +143,7 @@ def tell(name: str, found: dict) -> None:
     if "limit" in found:
         used = statistics.median(row["utilization"] for row in found["limit"])
         rate = statistics.median(row["matmul_flops"] for row in found["limit"])
-        print(f"  {used:.1%} of the {rate / 1e12:.0f} TFLOP/s of a matrix product", flush=True)
+        print(f"  {used:.1%} of the {rate / 1e12:.3g} TFLOP/s of a matrix product", flush=True)
 
 
 if __name__ == "__main__":
