@@ -24,6 +24,7 @@ from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import architectures
+import torch
 from launched import ROOT, UNSAVED, collect, train
 
 from vla.checkpoint import versions
@@ -43,6 +44,7 @@ MODELS = {  # by name: flags; height and width of the pictures
     "smolvlm": (SMOLVLM, 512),
     "smolvlm-frozen": (f"{SMOLVLM} --model.freeze vision_encoder language_model", 512),
 }
+YAML = "1gpu" if torch.cuda.is_available() else "cpu"
 SIDES, WARM, TRACED = ("limit", "train", "trainer"), 20, 5
 
 
@@ -79,7 +81,7 @@ def measure(name: str, folder: Path, asked: Namespace) -> dict:
             run = folder / f"{side}{turn}"
             if side == "train":
                 steps = f"--steps {WARM + asked.steps} --log.every {asked.steps // 5} --eval.every 0 {UNSAVED}"
-                found[side].append(train(run, f"{flags} {steps}", until=WARM + asked.steps))
+                found[side].append(train(run, f"{flags} {steps}", yaml=YAML, until=WARM + asked.steps))
             else:
                 own = f"{flags} --run_dir {run} --steps 1"
                 command = [sys.executable, "benchmarks/loops.py", side, str(asked.steps), *own.split()]
@@ -90,7 +92,7 @@ def measure(name: str, folder: Path, asked: Namespace) -> dict:
                 found[side].append(json.loads(done.stdout.splitlines()[-1]))
     if "train" in asked.sides:
         traced = f"{flags} --log.profile {TRACED} --steps {WARM + TRACED} --eval.every 0 {UNSAVED}"
-        train(folder / "traced", traced)
+        train(folder / "traced", traced, yaml=YAML)
         found["parts"] = parts(next((folder / "traced/profile").iterdir()))
     return found
 
