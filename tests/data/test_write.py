@@ -317,6 +317,18 @@ def test_root_that_holds_something_is_refused(tmp_path):
     assert_holds(tmp_path / "empty", [episode(0)])
 
 
+def test_root_that_another_process_is_writing_is_refused_and_left_alone(tmp_path):
+    with writer(tmp_path / "set") as first:
+        first.add_episode(**episode(0))
+        with pytest.raises(InputError, match=r"another process is writing .*set: wait for it, or choose another"):
+            write(tmp_path / "set", [episode(1)])
+        first.add_episode(**episode(2))
+    assert_holds(tmp_path / "set", [episode(0), episode(2)])
+    with pytest.raises(InputError, match="expected a finite number"):
+        write(tmp_path / "other", [episode(0), episode(1) | {"state": np.full((5, 3), np.nan, np.float32)}])
+    write(tmp_path / "other", [episode(2)])
+
+
 @pytest.mark.parametrize("codec", VIDEO)
 @pytest.mark.parametrize("fps", [10, 15, 30, 80])
 def test_video_shows_each_frame_at_its_time_and_begins_each_episode_with_a_key_frame(tmp_path, codec, fps):

@@ -3,6 +3,8 @@
 Dimensions: L frames of one episode, P state, A action, h and w of an image.
 """
 
+import contextlib
+import fcntl
 import io
 import json
 import os
@@ -81,8 +83,8 @@ class LeRobotWriter:
     Until then all lies in `.NAME.partial` beside root; after an exception it stays there, a readable data set of the
     episodes added so far, until the next writer to the same root removes it.
     Memory holds the images of one episode, and the index of the open files.
-    Raises InputError if root holds something, if the codec cannot store such images, and at the end of the block if no
-    episode was added.
+    Raises InputError if root holds something or another process is writing it, if the codec cannot store such images,
+    and at the end of the block if no episode was added.
     """
 
     def __init__(
@@ -130,12 +132,28 @@ class LeRobotWriter:
         self._tasks: dict[str, int] = {}
 
     def __enter__(self) -> "LeRobotWriter":
+        with contextlib.suppress(FileNotFoundError):
+            os.close(self._lock())
         shutil.rmtree(self.partial, ignore_errors=True)
         (self.partial / SPILL).mkdir(parents=True)
         (self.partial / SPILL / "episodes").touch()
+        self._locked = self._lock()
         return self
 
+    def _lock(self) -> int:
+        """A file that is to stay open while this process alone may write here."""
+        file = os.open(self.partial / SPILL / "episodes", os.O_RDWR)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(file)
+            raise InputError(f"another process is writing {self.root}: wait for it, or choose another folder") from None
+        except OSError:
+            pass  # this file system has no locks
+        return file
+
     def __exit__(self, error: type[BaseException] | None, *_) -> None:
+        os.close(self._locked)
         for video in self._videos.values():
             video.close()
         if num_frames := self._close_data_and_count():
