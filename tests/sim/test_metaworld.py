@@ -2,8 +2,8 @@
 
 import importlib.util
 import json
+import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -250,9 +250,17 @@ def test_machine_that_cannot_draw_is_told(monkeypatch):
         sim.make("metaworld")
     monkeypatch.undo()
     monkeypatch.setenv("MUJOCO_GL", "crayon")
-    script = "from vla import sim; sim.make('metaworld').reset(0)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    assert "vla.InputError: Meta-World cannot draw: MUJOCO_GL is crayon, which does not work here" in done.stderr
+    with pytest.raises(InputError, match="MUJOCO_GL is crayon, which does not work here; unset it, or install libegl1"):
+        sim.make("metaworld")  # and not at the first picture
+
+
+@here
+def test_way_to_draw_is_tried_once_for_a_process_and_those_that_it_starts(monkeypatch):
+    monkeypatch.delenv(metaworld.WORKS, raising=False)
+    sim.make("metaworld")
+    assert os.environ[metaworld.WORKS] == os.environ["MUJOCO_GL"] != ""
+    monkeypatch.setattr(metaworld.subprocess, "run", None)
+    sim.make("metaworld")
 
 
 # ---- Commands

@@ -89,6 +89,7 @@ INSTRUCTIONS = {
 TASKS = tuple(INSTRUCTIONS)  # in the alphabet's order, so that any few in a row are of several tiers
 CAMERA, CAMERA_PLACE = "corner2", (0.75, 0.075, 0.7)
 GEOMS = 1000  # that a scene may hold; the fullest has a tenth of it
+WORKS = "VLA_MUJOCO_GL"  # in the environment: the MUJOCO_GL that was tried, by this process or what started it
 INSTALL = "install libegl1 beside the GPU's driver, or libosmesa6 on a machine without a GPU (apt-get install)"
 
 _gl = None
@@ -197,32 +198,30 @@ class _Camera:
 
 
 def _choose_renderer() -> None:
-    """Set MUJOCO_GL, unless it is set, for this process and those that it starts: EGL if that works, else OSMesa."""
+    """Set MUJOCO_GL for this process and those that it starts, unless it is set: EGL if that works, else OSMesa."""
     if importlib.util.find_spec("metaworld") is None:
         raise InputError("Meta-World is not installed; pip install -r requirements-sim.txt")
-    if os.environ.get("MUJOCO_GL"):
+    asked = os.environ.get("MUJOCO_GL")
+    if asked and asked == os.environ.get(WORKS):
         return
-    for found in ("egl", "osmesa"):  # tried in another process: this one could not change its mind
+    for found in [asked] if asked else ["egl", "osmesa"]:  # in another process: this one could not change its mind
         test = [sys.executable, "-c", "import mujoco; mujoco.GLContext(8, 8).make_current()"]
         if subprocess.run(test, env=os.environ | {"MUJOCO_GL": found}, capture_output=True).returncode == 0:
-            os.environ["MUJOCO_GL"] = found
+            os.environ |= {"MUJOCO_GL": found, WORKS: found}
             return
-    raise InputError(f"Meta-World cannot draw: neither EGL nor OSMesa works here; {INSTALL}")
+    what = f"MUJOCO_GL is {asked}, which does not work here" if asked else "neither EGL nor OSMesa works here"
+    raise InputError(f"Meta-World cannot draw: {what}; {'unset it, or ' if asked else ''}{INSTALL}")
 
 
 def _mujoco():
     """The package, with this process's OpenGL context, which all worlds share, current."""
     global _gl
-    try:
-        import mujoco
+    import mujoco
 
-        if _gl is None:
-            # Not mujoco.GLContext, which is of what MUJOCO_GL was when someone first imported the package. Of any size,
-            # as what is drawn goes to buffers of its own.
-            _gl = importlib.import_module(f"mujoco.{os.environ['MUJOCO_GL'].lower()}").GLContext(8, 8)
-            _gl.make_current()
-            atexit.register(_gl.free)  # while its library is still there
-    except Exception as error:  # whatever PyOpenGL finds missing
-        what = f"MUJOCO_GL is {os.environ.get('MUJOCO_GL')}, which does not work here ({error!r})"
-        raise InputError(f"Meta-World cannot draw: {what}; unset it, or {INSTALL}") from error
+    if _gl is None:
+        # Not mujoco.GLContext, which is of what MUJOCO_GL was when someone first imported the package. Of any size, as
+        # what is drawn goes to buffers of its own.
+        _gl = importlib.import_module(f"mujoco.{os.environ['MUJOCO_GL'].lower()}").GLContext(8, 8)
+        _gl.make_current()
+        atexit.register(globals().pop, "_gl")  # which frees it, while its library is still there
     return mujoco
