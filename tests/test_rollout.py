@@ -10,10 +10,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from policies import ARM, TABLETOP, tiny
 
-from vla import InputError, collect, rollout, sim
+from vla import InputError, collect, evaluate, rollout, sim
 from vla.data.lerobot import LeRobotDataset
 from vla.data.write import LeRobotWriter
 from vla.model import VLAPolicy
@@ -247,6 +248,14 @@ def test_policy_that_sees_larger_images_acts_on_those_of_the_environment():
     assert episode.steps > 0
 
 
+def test_evaluation_in_training_draws_what_the_policy_sees():
+    policy, sizes = tiny(image_size=(48, 48)), set()
+    collate = policy.collate
+    policy.collate = lambda seen, key: (sizes.add(seen[0]["images"].shape), collate(seen, key))[1]
+    evaluate.closed_loop(Accelerator(cpu=True), policy, "tabletop", episodes=1)
+    assert sizes == {(2, 3, 48, 48)}
+
+
 # ---- python -m vla.rollout
 
 
@@ -285,6 +294,18 @@ def test_command_takes_other_steps_of_a_chunk(exported, tmp_path):
     assert (result["seeds"], result["n_action_steps"]) == ([7, 8], 3)
     with pytest.raises(InputError, match=r"--model.n_action_steps is 9; expected 1 to --model.chunk_size 8"):
         rollout.main(RolloutConfig(str(exported), "tabletop", n_action_steps=9, device="cpu"))
+
+
+@pytest.mark.parametrize(("asked", "drawn"), [(0, 64), (32, 32)])
+def test_command_draws_as_the_policy_sees_or_as_its_data_were(exported, tmp_path, monkeypatch, asked, drawn):
+    sizes, collate = set(), VLAPolicy.collate
+    monkeypatch.setattr(
+        VLAPolicy, "collate", lambda p, seen, key: (sizes.add(seen[0]["images"].shape), collate(p, seen, key))[1]
+    )
+    options = {"image_size": asked, "out": str(tmp_path / "result.json"), "device": "cpu"}
+    rollout.main(RolloutConfig(str(exported), "tabletop", episodes=1, **options))
+    assert sizes == {(2, 3, drawn, drawn)}
+    assert json.loads((tmp_path / "result.json").read_text())["image_size"] == drawn
 
 
 @pytest.mark.parametrize("chosen", ["", "tabletop", "more", "arm"])
@@ -350,16 +371,30 @@ def test_what_is_no_policy_is_refused(tmp_path, monkeypatch, policy):
         rollout.main(RolloutConfig(policy, "tabletop"))
 
 
-@pytest.mark.parametrize(
-    "options", [{"out": "missing/result.json"}, {"gif": "missing/it.gif"}, {"episodes": 0}], ids=str
-)
-def test_options_that_cannot_work_are_refused_or_made_to_work(exported, tmp_path, monkeypatch, options):
+@pytest.mark.parametrize("options", [{"out": "missing/result.json"}, {"gif": "missing/it.gif"}], ids=str)
+def test_folders_of_results_are_made(exported, tmp_path, monkeypatch, options):
     monkeypatch.chdir(tmp_path)
-    try:
-        rollout.main(RolloutConfig(str(exported), "tabletop", **{"episodes": 1, "device": "cpu", **options}))
-    except InputError:
-        return
-    assert (tmp_path / "missing").is_dir()
+    rollout.main(RolloutConfig(str(exported), "tabletop", episodes=1, device="cpu", **options))
+    assert list((tmp_path / "missing").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"episodes": 0}, "--episodes is 0; expected at least 1"),
+        ({"batch_size": 0}, "--batch_size is 0; expected at least 1"),
+        ({"workers": -1}, "--workers is -1; expected at least 0"),
+        ({"seed": -5}, "--seed is -5; expected at least 0"),
+        ({"gif": "it.gif", "gif_episodes": (-1, 2)}, "--gif_episodes -1 2 is none of the 2 episodes"),
+        ({"ensemble": 0.01, "n_action_steps": 3}, "--ensemble executes one action .* leave out --n_action_steps"),
+        ({"out": "."}, "[.] is a folder, expected the name of a file"),
+    ],
+    ids=str,
+)
+def test_options_that_cannot_work_are_refused_before_anything_is_done(exported, monkeypatch, options, told):
+    monkeypatch.setattr(rollout, "rollout", None)
+    with pytest.raises(InputError, match=told):
+        rollout.main(RolloutConfig(str(exported), "tabletop", **{"episodes": 2, "device": "cpu", **options}))
 
 
 # ---- python -m vla.collect
@@ -372,9 +407,10 @@ def collected(folder, **options):
 
 def test_number_of_workers_changes_nothing_of_what_is_recorded(tmp_path, capsys):
     options = {"episodes": 10, "noise": 1.0, "seed": 3}
-    first, second = (collected(tmp_path / str(workers), workers=workers, **options) for workers in (1, 2))
-    assert first.keys() == second.keys()
-    assert all(content == second[name] for name, content in first.items())
+    first, *others = (collected(tmp_path / str(workers), workers=workers, **options) for workers in (1, 0, 2))
+    for other in others:
+        assert first.keys() == other.keys()
+        assert all(content == other[name] for name, content in first.items())
     data = LeRobotDataset(tmp_path / "1")
     assert (data.num_episodes, data.cameras, data.image_size, data.fps) == (10, Tabletop.cameras, (64, 64), 10)
     assert (tuple(data.state_names), tuple(data.action_names)) == (Tabletop.state_names, Tabletop.action_names)
@@ -441,9 +477,8 @@ class Tasks(Tabletop):
 @pytest.mark.parametrize("options", [{"episodes": 9}, {"episodes_per_task": 3}], ids=str)
 def test_equally_many_episodes_of_each_task_are_recorded(tmp_path, monkeypatch, capsys, seed, options):
     monkeypatch.setattr(sim, "make", lambda name, image_size: Tasks())
-    monkeypatch.setattr(collect, "ProcessPoolExecutor", Here)
     monkeypatch.setattr(collect, "make", sim.make)
-    collected(tmp_path / "set", seed=seed, noise=0.0, **options)
+    collected(tmp_path / "set", seed=seed, noise=0.0, workers=0, **options)
     data = LeRobotDataset(tmp_path / "set")
     seeds = data.state[data.episode_from, 0].astype(int).tolist()
     ones, twos, threes = ([s for s in seeds if s % 3 == task] for task in range(3))
@@ -453,22 +488,6 @@ def test_equally_many_episodes_of_each_task_are_recorded(tmp_path, monkeypatch, 
     assert twos == [s for s in range(first[1], 100, 3) if s % 6 != 4][:3]
     failed = (twos[-1] - first[1]) // 3 - 2
     assert f"({failed} failed episodes left out: {failed} of two)" in capsys.readouterr().out
-
-
-class Here:
-    """What stands for processes, in this one."""
-
-    def __init__(self, *_):
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def map(self, function, numbers, chunksize):
-        yield from map(function, numbers)
 
 
 def numbers(count):
@@ -510,6 +529,12 @@ def test_noise_differs_between_the_tasks_of_a_scene_and_between_scenes():
         episode, _ = collect.demonstrate("tabletop", 0.3, 0, number)
         moved.append(tuple(np.diff(episode["state"][:2, :2], axis=0)[0] / STEP - episode["actions"][0, :2]))
     assert len(set(moved)) == 8
+
+
+@pytest.mark.parametrize("name", ["seed", "noise", "workers", "image_size", "episodes_per_task"])
+def test_options_of_collection_that_cannot_work_are_refused(tmp_path, name):
+    with pytest.raises(InputError, match=f"--{name} is -1; expected at least 0"):
+        collected(tmp_path / "set", **{name: -1})
 
 
 def test_noise_that_the_expert_cannot_overcome_is_refused(tmp_path, monkeypatch):

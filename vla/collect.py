@@ -11,13 +11,10 @@ import json
 import os
 import shutil
 import sys
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import closing
 from dataclasses import dataclass
 from functools import cache, partial
-from multiprocessing import get_context, parent_process
+from itertools import chain
 from pathlib import Path
-from threading import Thread
 from typing import Annotated, Literal
 
 import numpy as np
@@ -26,6 +23,8 @@ from tqdm import tqdm
 
 from vla import InputError, sim
 from vla.data.write import LeRobotWriter, Pictures, encode
+from vla.options import within
+from vla.sim.parallel import Workers
 
 
 @dataclass(frozen=True)
@@ -46,8 +45,8 @@ class CollectConfig:
     noise: float | None = None
     # How images are stored: png keeps every pixel; av1 and h264 write video, which is smaller and loses some detail.
     codec: Literal["png", "av1", "h264"] = "png"
-    # Processes that act.
-    workers: int = os.cpu_count() or 1
+    # Processes that act (0: this one).
+    workers: int = len(os.sched_getaffinity(0))
     # Episodes of each task, in place of --episodes.
     episodes_per_task: int = 0
     # Height and width of the images in pixels (0: the environment's own, 64 on the tabletop, 224 in Meta-World).
@@ -81,7 +80,12 @@ def demonstrate(env: str, noise: float, seed: int, number: int, image_size: int 
     return episode, success
 
 
-def kept(number: int, folder: Path, env: str, noise: float, seed: int, image_size: int, codec: str) -> Path:
+def kept(numbers: list[int], **options) -> list[Path]:
+    """The files of these episodes."""
+    return [_kept(number, **options) for number in numbers]
+
+
+def _kept(number: int, folder: Path, env: str, noise: float, seed: int, image_size: int, codec: str) -> Path:
     """The file of episode `number`, made unless it is there; of a failed one it is empty."""
     path = folder / f"{number}.npz"
     if not path.exists():
@@ -111,11 +115,6 @@ def read(path: Path, cameras: tuple[str, ...]) -> dict | None:
     return arrays | {"images": images}
 
 
-def end_with_parent() -> None:
-    """In a worker process: end when the process that started it has ended, also when it was killed."""
-    Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
-
-
 def begin(folder: Path, flags: dict) -> None:
     """Make the folder of the episodes' files; what a run with other flags left there is removed."""
     path, text = folder / "flags.json", json.dumps(flags)
@@ -126,6 +125,8 @@ def begin(folder: Path, flags: dict) -> None:
 
 
 def main(config: CollectConfig) -> None:
+    for name in ("seed", "noise", "workers", "image_size", "episodes_per_task"):
+        within(name, getattr(config, name) or 0, 0, None)
     world = sim.make(config.env, config.image_size)
     tasks, noise = world.tasks, world.noise if config.noise is None else config.noise
     total = config.episodes_per_task * len(tasks) or config.episodes
@@ -145,10 +146,9 @@ def main(config: CollectConfig) -> None:
     folder = writer.root.with_name(f".{writer.root.name}.episodes")
     flags = {"env": config.env, "noise": noise, "seed": config.seed, "codec": config.codec}
     flags["image_size"] = world.image_size[0]
-    keep = partial(kept, folder=folder, **flags)
+    make_keep = partial(partial, kept, folder=folder, **flags)
     tried, solved, frames = dict.fromkeys(tasks, 0), dict.fromkeys(tasks, 0), 0
-    pool = ProcessPoolExecutor(config.workers, get_context("spawn"), end_with_parent)
-    with pool, writer, tqdm(total=total, unit="episode") as bar:
+    with Workers(make_keep, config.workers) as workers, writer, tqdm(total=total, unit="episode") as bar:
         while missing := {task: each - solved[task] for task in tasks if solved[task] < each}:
             # As many more of a task as failed, in order: the same are recorded every time.
             asked = [
@@ -160,15 +160,15 @@ def main(config: CollectConfig) -> None:
             if last >= sim.VALIDATION_SEEDS:
                 raise InputError(f"scene {last} is needed, but from {sim.VALIDATION_SEEDS} on they are for evaluations")
             begin(folder, flags)
-            together = max(1, min(8, len(asked) // (4 * config.workers)))  # of one task: to change it takes a while
+            together = max(1, min(8, len(asked) // (4 * max(1, config.workers))))  # as changing the task takes a while
             numbers = [number for _, number in asked]
-            with closing(pool.map(keep, numbers, chunksize=together)) as files:  # else all are made after an exception
-                for (task, _), file in zip(asked, files, strict=True):
-                    tried[task] += 1
-                    if (episode := read(file, world.cameras)) is not None:
-                        writer.add_episode(**episode)
-                        solved[task], frames = solved[task] + 1, frames + len(episode["actions"])
-                        bar.update()
+            files = workers.map([numbers[i : i + together] for i in range(0, len(numbers), together)])
+            for (task, _), file in zip(asked, chain.from_iterable(files), strict=True):
+                tried[task] += 1
+                if (episode := read(file, world.cameras)) is not None:
+                    writer.add_episode(**episode)
+                    solved[task], frames = solved[task] + 1, frames + len(episode["actions"])
+                    bar.update()
             for task in missing:
                 if tried[task] >= 20 and solved[task] < tried[task] / 20:
                     found = f"{solved[task]} of {tried[task]} episodes of {task}"
@@ -181,7 +181,9 @@ def main(config: CollectConfig) -> None:
 
 
 if __name__ == "__main__":
+    from vla import collect  # by the name that other processes know it by
+
     try:
-        main(tyro.cli(CollectConfig, prog="python -m vla.collect"))
+        collect.main(tyro.cli(collect.CollectConfig, prog="python -m vla.collect"))
     except InputError as error:
         sys.exit(f"error: {error}")

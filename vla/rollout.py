@@ -27,7 +27,7 @@ from vla import InputError, keyed, sim
 from vla.log import gif
 from vla.model.policy import VLAPolicy
 from vla.model.spec import PolicyConfig, check
-from vla.options import run_folder
+from vla.options import run_folder, within
 from vla.sim.parallel import Episode, Lane, Workers, film_fps
 
 WORLDS = 8  # at most in each of several processes: one of Meta-World takes 130 MB
@@ -197,6 +197,9 @@ class RolloutConfig:
     batch_size: int = 128
     # Processes for the environments (default: one for each core in Meta-World; 0, which is this one, on the tabletop).
     workers: int | None = None
+    # Height and width of what the environment draws: those of the data, where training resized its images (0: those of
+    # the policy).
+    image_size: int = 0
     # Where the policy runs.
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -213,9 +216,19 @@ def main(config: RolloutConfig) -> None:
     count = config.episodes
     if count is None:
         count = 10 * len(tasks) if len(tasks) > 1 else 100
-    if count < 1:
-        raise InputError(f"--episodes is {count}; expected at least 1")
+    within("episodes", count, 1, None)
+    within("batch_size", config.batch_size, 1, None)
+    for name in ("seed", "n_action_steps", "workers", "image_size"):
+        within(name, getattr(config, name) or 0, 0, None)
+    shown = [i for i in config.gif_episodes if 0 <= i < count] if config.gif else []
+    if config.gif and not shown:
+        found = " ".join(map(str, config.gif_episodes))
+        raise InputError(f"--gif_episodes {found} is none of the {count} episodes, which are counted from 0")
+    if config.ensemble is not None and config.n_action_steps:
+        raise InputError("--ensemble executes one action of each chunk; leave out --n_action_steps")
     for file in filter(None, (config.out, config.gif)):
+        if Path(file).is_dir():
+            raise InputError(f"{file} is a folder, expected the name of a file")
         Path(file).parent.mkdir(parents=True, exist_ok=True)  # now, and not when there is something to lose
     policy = VLAPolicy.from_pretrained(config.policy).to(config.device)
     dataset = check_fits(policy.config, config.env, config.dataset)
@@ -227,8 +240,7 @@ def main(config: RolloutConfig) -> None:
     seeds = list(range(config.seed, config.seed + count))
     workers = processes(world) if config.workers is None else config.workers
     options = {"env": config.env, "seeds": seeds, "batch_size": config.batch_size, "workers": workers}
-    options |= {"ensemble": config.ensemble, "image_size": max(policy.config.image_size)}
-    shown = [i for i in config.gif_episodes if i < count] if config.gif else []
+    options |= {"ensemble": config.ensemble, "image_size": config.image_size or max(policy.config.image_size)}
     started = time.perf_counter()
     episodes = rollout(policy, record=shown, progress=True, **options)
     result = summary(episodes, tiers) | {
@@ -238,6 +250,7 @@ def main(config: RolloutConfig) -> None:
         "episodes_per_task": count / len(tasks),
         "n_action_steps": steps if config.ensemble is None else 1,
         "ensemble": config.ensemble,
+        "image_size": options["image_size"],
         "seconds": time.perf_counter() - started,
         **origin(Path(config.policy), config.device),
     }

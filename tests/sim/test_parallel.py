@@ -1,6 +1,7 @@
 """Episodes in processes of their own."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -55,6 +56,63 @@ def test_what_goes_wrong_in_a_process_is_told():
             workers.receive()
 
 
+@pytest.mark.parametrize("sent", [0, 1, 2])
+def test_process_that_was_killed_is_told_whatever_it_did(sent):
+    with Workers(partial(partial, time.sleep), 1) as workers:
+        workers.send(0, 0)
+        workers.receive()
+        for _ in range(sent):  # of two, one is still to be read
+            workers.send(0, 1000)
+        workers.processes[0].kill()
+        workers.processes[0].wait()
+        workers.send(0, 0)
+        with pytest.raises(RuntimeError, match="process 0 of 1 ended by itself, code -9"):
+            workers.receive()
+
+
+class Odd(Exception):
+    """It can be sent, but not be read again."""
+
+    def __init__(self, text, number):
+        super().__init__(text)
+
+
+def refuse():
+    raise InputError("no such thing")
+
+
+def oddly():
+    raise Odd("an odd failure", 1)
+
+
+def test_what_goes_wrong_before_a_process_is_called_is_told():
+    with Workers(refuse, 1) as workers:
+        workers.processes[0].wait()
+        workers.send(0)
+        with pytest.raises(InputError, match=r"^no such thing$"):
+            workers.receive()
+
+
+def test_any_exception_of_a_process_is_told_with_its_traceback():
+    with Workers(partial(partial, oddly), 1) as workers:
+        workers.send(0)
+        with pytest.raises(RuntimeError, match=r"in oddly\n(.*\n)*.*Odd: an odd failure"):
+            workers.receive()
+
+
+def halve(number):
+    time.sleep(0.1 * (number % 3 == 0))
+    return number / 2
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_results_come_in_the_order_of_what_they_are_made_of(count):
+    with Workers(partial(partial, halve), count) as workers:
+        assert list(workers.map(list(range(12)))) == [i / 2 for i in range(12)]
+        assert list(workers.map([7])) == [3.5]
+        assert list(workers.map([])) == []
+
+
 def test_processes_end_with_the_block_whatever_they_do():
     with Workers(partial(partial, time.sleep), 2) as workers:
         workers.send(0, 1000)
@@ -63,13 +121,13 @@ def test_processes_end_with_the_block_whatever_they_do():
 
 ENDLESS = {
     "collect": "collect.main(collect.CollectConfig('tabletop', sys.argv[1], 400_000, workers=2))",
-    "workers": "w = Workers(partial(Lane, 'tabletop', 64, True), 2); w.send(0, [(i, i, 0) for i in range(300)], {})",
+    "workers": "w = Workers(partial(partial, time.sleep), 2); w.send(0, 1000); w.send(1, 1000)",
 }
 
 
 @pytest.mark.parametrize("what", ENDLESS)
 def test_processes_end_with_one_that_is_killed(tmp_path, what):
-    imports = "import sys; from functools import partial; from vla import collect; from vla.sim.parallel import *; "
+    imports = "import sys, time; from functools import partial; from vla import collect; from vla.sim.parallel import *"
     (tmp_path / "script.py").write_text(f"{imports}\nif __name__ == '__main__':\n    {ENDLESS[what]}\n    input()\n")
     command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "set")]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
@@ -90,6 +148,21 @@ def test_processes_end_with_one_that_is_killed(tmp_path, what):
     while running(children) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not running(children)
+
+
+def test_interrupted_collection_ends_at_once(tmp_path):
+    command = [sys.executable, "-c", "from vla import collect; from vla.collect import *; "]
+    command[-1] += "collect.main(CollectConfig('tabletop', sys.argv[1], 400_000, workers=2))"
+    command[-1] = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); " + command[-1]
+    options = {"cwd": Path(__file__).parents[2], "stderr": subprocess.PIPE, "text": True}
+    process, deadline = subprocess.Popen([*command, str(tmp_path / "set")], **options), time.monotonic() + 30
+    while len(list(tmp_path.glob(".set.episodes/*.npz"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert "KeyboardInterrupt" in process.communicate(timeout=10)[1]
+    made = len(list(tmp_path.glob(".set.episodes/*.npz")))
+    time.sleep(0.5)
+    assert len(list(tmp_path.glob(".set.episodes/*.npz"))) == made > 2
 
 
 def test_lane_begins_and_goes_on_with_episodes_by_their_numbers():
