@@ -2,8 +2,8 @@
 
     python benchmarks/inference.py demo metaworld smolvlm --out inference.json
 
-Policies with random weights (benchmarks/step.py), flow heads with 10 steps; NumPy arrays in, an array out, median of
-all calls in milliseconds. eager: float32; autocast: bfloat16, on a GPU; compiled: the same with compiled layers;
+The policies of benchmarks/step.py with random weights (flow heads take 10 steps); NumPy arrays in, an array out, median
+of all calls in milliseconds. eager: float32; autocast: bfloat16, on a GPU; compiled: the same with compiled layers;
 captured: policy.capture(), also in float32. error: largest difference of an action from that of eager, as a share of
 the actions' range.
 """

@@ -48,6 +48,11 @@ class RunLog:
     def __init__(
         self, accelerator: Accelerator, config: TrainConfig, first_step: int, steps: int, evaluated: bool = False
     ):
+        traced = config.log.profile
+        short = traced and steps - first_step < WARM + traced
+        needs = f"--log.profile {traced} needs {WARM + traced} steps, as the first {WARM} are left out"
+        if short and first_step == 0:
+            raise InputError(f"{needs}; --steps is {steps}: give more of these, or trace less")
         self.accelerator, self.run_dir, self.batch = accelerator, Path(config.run_dir), config.global_batch_size
         self.config, self.steps = config, steps
         self.last: dict[str, float] = {}
@@ -65,11 +70,10 @@ class RunLog:
         )
 
         self.profiler = None
-        if config.log.profile:
-            if steps - first_step < WARM + config.log.profile:
-                expected = f"at most {steps - first_step - WARM}, as the first {WARM} of the {steps - first_step} steps"
-                raise InputError(f"--log.profile is {config.log.profile}; expected {expected} are left out")
-            when = torch.profiler.schedule(wait=WARM - 1, warmup=1, active=config.log.profile, repeat=1)
+        if short:
+            self.say(f"warning: {needs}, and {steps - first_step} are left: nothing is traced")
+        elif traced:
+            when = torch.profiler.schedule(wait=WARM - 1, warmup=1, active=traced, repeat=1)
             write = torch.profiler.tensorboard_trace_handler(str(self.run_dir / "profile"), use_gzip=True)
             self.profiler = torch.profiler.profile(schedule=when, on_trace_ready=write)
             self.profiler.start()

@@ -125,8 +125,8 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
     def compile(self, **options) -> None:
         """Compile the layers and the built-in image encoder, by torch.compile with these options.
 
-        One by one, since layers of a kind share one program: it starts sooner, and what draws random numbers in whole
-        numbers of 64 bits, which torch.compile gets wrong, stays outside. Names of weights stay as they are.
+        One by one, as layers of a kind share one program, which starts sooner; and what draws random numbers stays
+        outside: torch.compile fails on its whole numbers of 64 bits. Names of weights stay as they are.
         """
         for part in self.layers() if self.backbone else [self.vision_encoder, *self.layers()]:
             again = isinstance(part.forward, partial)  # checkpoint is not looked through: what it calls is compiled
