@@ -80,7 +80,7 @@ class Tasks(Tabletop):
     tasks, tasks_per_scene = ("one", "two", "three"), 1
 
     def reset(self, seed, task=0):
-        self.task, self.max_steps = self.tasks[seed % 3], 0 if seed % 6 == 4 else 40
+        self.task, self.max_steps = self.tasks[seed % 3], 1 if seed % 6 == 4 else 40
         return super().reset(seed, task) | {"state": np.array([seed, 0, 0], np.float32)}
 
 
@@ -122,6 +122,19 @@ def test_demonstration_without_noise_is_what_the_expert_does():
         assert (success, done) == (True, True)
 
 
+@pytest.mark.parametrize("noise", [0.0, 0.3])
+def test_demonstration_goes_on_after_success_for_as_long_as_it_is_told(monkeypatch, noise):
+    short, _ = collect.demonstrate("tabletop", noise, 0, 1)
+    steps = len(short["actions"])
+    monkeypatch.setattr(Tabletop, "max_steps", steps + 5)
+    for more in (3, 5, 6):
+        long, success = collect.demonstrate("tabletop", noise, 0, 1, after_success=more)
+        assert success
+        assert len(long["actions"]) == len(long["state"]) == steps + min(more, 5)
+        np.testing.assert_array_equal(long["actions"][:steps], short["actions"])
+        np.testing.assert_array_equal(long["state"][:steps], short["state"])
+
+
 def test_demonstrations_record_the_experts_actions_and_not_their_noise():
     for number, _, _ in numbers(10):
         episode, _ = collect.demonstrate("tabletop", 0.3, 0, number)
@@ -142,7 +155,7 @@ def test_noise_differs_between_the_tasks_of_a_scene_and_between_scenes():
     assert len(set(moved)) == 8
 
 
-@pytest.mark.parametrize("name", ["seed", "noise", "workers", "image_size", "episodes_per_task"])
+@pytest.mark.parametrize("name", ["seed", "noise", "after_success", "workers", "image_size", "episodes_per_task"])
 def test_options_of_collection_that_cannot_work_are_refused(tmp_path, name):
     with pytest.raises(InputError, match=f"--{name} is -1; expected at least 0"):
         collected(tmp_path / "set", **{name: -1})

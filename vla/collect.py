@@ -43,6 +43,9 @@ class CollectConfig:
     # the expert's own, so the policy learns to come back (DART: Laskey et al., 2017). By default 0.3 on the tabletop,
     # none in Meta-World.
     noise: float | None = None
+    # Steps that are recorded after the first success, in which the expert goes on: a policy that is not quite there yet
+    # then does too.
+    after_success: int = 0
     # How images are stored: png keeps every pixel; av1 and h264 write video, which is smaller and loses some detail.
     codec: Literal["png", "av1", "h264"] = "png"
     # Processes that act (0: this one).
@@ -56,20 +59,22 @@ class CollectConfig:
 make = cache(sim.make)  # an environment takes a while to make
 
 
-def demonstrate(env: str, noise: float, seed: int, number: int, image_size: int = 0) -> tuple[dict, bool]:
+def demonstrate(
+    env: str, noise: float, seed: int, number: int, image_size: int = 0, after_success: int = 0
+) -> tuple[dict, bool]:
     """Episode `number` of the expert, as LeRobotWriter.add_episode takes it, and whether it succeeded."""
     world, random = make(env, image_size), np.random.default_rng((seed, number, 1))
     scene, task = divmod(number, world.tasks_per_scene)
-    observation, done = world.reset(seed + scene, task), False
+    observation, solved, last = world.reset(seed + scene, task), False, world.max_steps
     images, states, actions = [], [], []
-    while not done:
+    while len(actions) < last:
         action = world.expert()
         images.append(observation["images"])
         states.append(observation["state"])
         actions.append(action)
-        observation, success, done = world.step(
-            action + noise * world.noise_scale * random.standard_normal(len(action))
-        )
+        observation, success, _ = world.step(action + noise * world.noise_scale * random.standard_normal(len(action)))
+        if success and not solved:
+            solved, last = True, min(last, len(actions) + after_success)
     stacked = np.stack(images, axis=1)  # [N, L, 3, h, w]
     episode = {
         "images": dict(zip(world.cameras, stacked, strict=True)),
@@ -77,7 +82,7 @@ def demonstrate(env: str, noise: float, seed: int, number: int, image_size: int 
         "actions": np.stack(actions),
         "instruction": world.instruction,
     }
-    return episode, success
+    return episode, solved
 
 
 def kept(numbers: list[int], **options) -> list[Path]:
@@ -85,11 +90,11 @@ def kept(numbers: list[int], **options) -> list[Path]:
     return [_kept(number, **options) for number in numbers]
 
 
-def _kept(number: int, folder: Path, env: str, noise: float, seed: int, image_size: int, codec: str) -> Path:
+def _kept(number: int, folder: Path, codec: str, env: str, image_size: int, **options) -> Path:
     """The file of episode `number`, made unless it is there; of a failed one it is empty."""
     path = folder / f"{number}.npz"
     if not path.exists():
-        episode, success = demonstrate(env, noise, seed, number, image_size)
+        episode, success = demonstrate(env, number=number, image_size=image_size, **options)
         unfinished = path.with_suffix(".partial")
         with open(unfinished, "wb") as file:
             if success:
@@ -125,7 +130,7 @@ def begin(folder: Path, flags: dict) -> None:
 
 
 def main(config: CollectConfig) -> None:
-    for name in ("seed", "noise", "workers", "image_size", "episodes_per_task"):
+    for name in ("seed", "noise", "after_success", "workers", "image_size", "episodes_per_task"):
         within(name, getattr(config, name) or 0, 0, None)
     world = sim.make(config.env, config.image_size)
     tasks, noise = world.tasks, world.noise if config.noise is None else config.noise
@@ -145,7 +150,7 @@ def main(config: CollectConfig) -> None:
     )
     folder = writer.root.with_name(f".{writer.root.name}.episodes")
     flags = {"env": config.env, "noise": noise, "seed": config.seed, "codec": config.codec}
-    flags["image_size"] = world.image_size[0]
+    flags |= {"image_size": world.image_size[0], "after_success": config.after_success}
     make_keep = partial(partial, kept, folder=folder, **flags)
     tried, solved, frames = dict.fromkeys(tasks, 0), dict.fromkeys(tasks, 0), 0
     with Workers(make_keep, config.workers) as workers, writer, tqdm(total=total, unit="episode") as bar:
