@@ -13,7 +13,7 @@ import pytest
 from policies import tiny
 
 from vla import InputError, rollout, sim
-from vla.sim.parallel import Lane, Workers, film_fps, film_stride
+from vla.sim.parallel import WORKER, Lane, Workers, film_fps, film_stride
 from vla.sim.tabletop import Tabletop
 
 
@@ -45,6 +45,13 @@ def test_no_action_is_taken_once_it_is_not_to_go_on():
     calls = iter([True, True, False])
     episodes = rollout.rollout("expert", "tabletop", list(range(9)), 2, workers=2, go_on=lambda: next(calls))
     assert 1 <= len(episodes) < 9
+
+
+def test_each_process_knows_its_number():
+    with Workers(partial(partial, os.getenv), 2) as workers:
+        for worker in 0, 1:
+            workers.send(worker, WORKER)
+            assert workers.receive() == [(worker, str(worker))]
 
 
 def test_what_goes_wrong_in_a_process_is_told():

@@ -12,10 +12,12 @@ import os
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 
 from vla import InputError
+from vla.sim.parallel import WORKER
 
 # Difficulty of the tasks, as divided by Seo et al. ("Masked world models for visual control", 2023, appendix).
 TIERS = {
@@ -89,6 +91,9 @@ INSTRUCTIONS = {
 TASKS = tuple(INSTRUCTIONS)  # in the alphabet's order, so that any few in a row are of several tiers
 CAMERA, CAMERA_PLACE = "corner2", (0.75, 0.075, 0.7)
 GEOMS = 1000  # that a scene may hold; the fullest has a tenth of it
+# Pixels of the map of shadows in each direction. MuJoCo's 4096 take a GPU 3/4 of the time of a picture, and change 1 in
+# 200 of its pixels by more than 8 of 255.
+SHADOWS = 1024
 WORKS = "VLA_MUJOCO_GL"  # in the environment: the MUJOCO_GL that was tried, by this process or what started it
 INSTALL = "install libegl1 beside the GPU's driver, or libosmesa6 on a machine without a GPU (apt-get install)"
 
@@ -181,6 +186,7 @@ class _Camera:
     def __init__(self, model, size: int):
         mujoco = _mujoco()
         model.vis.global_.offwidth = model.vis.global_.offheight = size
+        model.vis.quality.shadowsize = SHADOWS
         self.model, self.rect = model, mujoco.MjrRect(0, 0, size, size)
         self.scene, self.option, self.camera = mujoco.MjvScene(model, GEOMS), mujoco.MjvOption(), mujoco.MjvCamera()
         self.camera.type, self.camera.fixedcamid = mujoco.mjtCamera.mjCAMERA_FIXED, model.camera(CAMERA).id
@@ -219,6 +225,9 @@ def _mujoco():
     import mujoco
 
     if _gl is None:
+        gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
+        if gpus and WORKER in os.environ:  # each GPU draws for some of the processes
+            os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", str(int(os.environ[WORKER]) % gpus))
         # Not mujoco.GLContext, which is of what MUJOCO_GL was when someone first imported the package. Of any size, as
         # what is drawn goes to buffers of its own.
         _gl = importlib.import_module(f"mujoco.{os.environ['MUJOCO_GL'].lower()}").GLContext(8, 8)

@@ -18,6 +18,7 @@ import numpy as np
 
 from vla import InputError, sim
 
+WORKER = "VLA_WORKER"  # in the environment of each process of Workers: its number
 FILM_FPS = 20  # at most, of the frames that an episode keeps
 
 
@@ -104,11 +105,15 @@ class Workers:
         self.answers, self.connections, self.processes = deque(), [], []
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
-        for _ in range(count):
+        for worker in range(count):
             ours, theirs = Pipe()
             # Not by multiprocessing, which would import the main script in each, and all that it needs.
             command = [sys.executable, "-m", "vla.sim.parallel", str(theirs.fileno())]
-            options = {"env": environment, "pass_fds": [theirs.fileno()], "start_new_session": True}
+            options = {
+                "env": environment | {WORKER: str(worker)},
+                "pass_fds": [theirs.fileno()],
+                "start_new_session": True,
+            }
             self.processes.append(subprocess.Popen(command, stdin=subprocess.PIPE, **options))
             self.connections.append(ours)
             theirs.close()
