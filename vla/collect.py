@@ -24,7 +24,7 @@ from tqdm import tqdm
 from vla import InputError, sim
 from vla.data.write import LeRobotWriter, Pictures, encode
 from vla.options import within
-from vla.sim.parallel import Workers
+from vla.workers import Workers
 
 
 @dataclass(frozen=True)
@@ -61,28 +61,29 @@ make = cache(sim.make)  # an environment takes a while to make
 
 def demonstrate(
     env: str, noise: float, seed: int, number: int, image_size: int = 0, after_success: int = 0
-) -> tuple[dict, bool]:
-    """Episode `number` of the expert, as LeRobotWriter.add_episode takes it, and whether it succeeded."""
+) -> dict | None:
+    """Episode `number` of the expert, as LeRobotWriter.add_episode takes it, or None if it failed."""
     world, random = make(env, image_size), np.random.default_rng((seed, number, 1))
     scene, task = divmod(number, world.tasks_per_scene)
-    observation, solved, last = world.reset(seed + scene, task), False, world.max_steps
-    images, states, actions = [], [], []
+    world.reset(seed + scene, task)
+    actions, executed, solved, last = [], [], False, world.max_steps
     while len(actions) < last:
-        action = world.expert()
-        images.append(observation["images"])
-        states.append(observation["state"])
-        actions.append(action)
-        observation, success, _ = world.step(action + noise * world.noise_scale * random.standard_normal(len(action)))
+        actions.append(world.expert())
+        executed.append(actions[-1] + noise * world.noise_scale * random.standard_normal(len(actions[-1])))
+        _, success, _ = world.step(executed[-1], look=False)
         if success and not solved:
             solved, last = True, min(last, len(actions) + after_success)
-    stacked = np.stack(images, axis=1)  # [N, L, 3, h, w]
-    episode = {
-        "images": dict(zip(world.cameras, stacked, strict=True)),
-        "state": np.stack(states),
+    if not solved:
+        return None
+    # Once more, to look: failures are the longest episodes, and pictures take the most time.
+    seen = [world.reset(seed + scene, task), *(world.step(action)[0] for action in executed[:-1])]
+    images = np.stack([observation["images"] for observation in seen], axis=1)  # [N, L, 3, h, w]
+    return {
+        "images": dict(zip(world.cameras, images, strict=True)),
+        "state": np.stack([observation["state"] for observation in seen]),
         "actions": np.stack(actions),
         "instruction": world.instruction,
     }
-    return episode, solved
 
 
 def kept(numbers: list[int], **options) -> list[Path]:
@@ -94,10 +95,10 @@ def _kept(number: int, folder: Path, codec: str, env: str, image_size: int, **op
     """The file of episode `number`, made unless it is there; of a failed one it is empty."""
     path = folder / f"{number}.npz"
     if not path.exists():
-        episode, success = demonstrate(env, number=number, image_size=image_size, **options)
+        episode = demonstrate(env, number=number, image_size=image_size, **options)
         unfinished = path.with_suffix(".partial")
         with open(unfinished, "wb") as file:
-            if success:
+            if episode:
                 images = episode.pop("images")
                 for name in images:
                     pictures = encode(images[name], codec, make(env, image_size).fps)

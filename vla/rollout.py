@@ -28,7 +28,8 @@ from vla.log import gif
 from vla.model.policy import VLAPolicy
 from vla.model.spec import PolicyConfig, check
 from vla.options import run_folder, within
-from vla.sim.parallel import Episode, Lane, Workers, film_fps
+from vla.sim.episodes import Episode, Lane, film_fps
+from vla.workers import Workers
 
 WORLDS = 8  # at most in each of several processes: one of Meta-World takes 130 MB
 

@@ -11,7 +11,6 @@ import math
 import os
 from collections import OrderedDict, deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -32,10 +31,11 @@ from vla.data.layout import Layout
 from vla.data.selection import Selection
 from vla.data.video import OpenVideos
 from vla.images import resize_with_padding
+from vla.workers import Workers
 
 VERSION = 1  # of the files written here
 OPEN_FILES = 16  # of a camera in each process
-JOB = 512  # frames at least that one thread decodes in a row
+JOB = 256  # frames at least that one process decodes in a row
 
 
 class Broken(InputError):
@@ -49,15 +49,15 @@ class Broken(InputError):
 class Decoder:
     """Pictures decoded as they are asked for, those of one file together.
 
-    layout, index: the data set. camera: its feature. size: (h, w) of training.
+    layout: of the data set, with each episode's first_row in its file (see Index). camera: its feature. size: (h, w) of
+    training.
     """
 
-    def __init__(self, layout: Layout, index: Index, camera: str, size: tuple[int, int]):
-        self.layout, self.size = layout, size
+    def __init__(self, layout: Layout, first_row: np.ndarray, camera: str, size: tuple[int, int]):
+        self.layout, self.first_row, self.size = layout, first_row, size
         self.ends = np.cumsum(layout.lengths)
         self.video = layout.videos.get(camera)
         self.files = self.video or layout.data
-        self.first_row = index.first_row
         self.open = OpenVideos(OPEN_FILES) if self.video else _Parquet(camera, layout.image_size(camera))
 
     def read(self, frames: np.ndarray, out: np.ndarray | None, rows: np.ndarray) -> None:
@@ -195,7 +195,7 @@ def open_frames(
     """
     layout, size, cameras = selection.layout, selection.image_size, list(selection.cameras.values())
     if cache == "none":
-        return [Decoder(layout, index, camera, size) for camera in cameras], []
+        return [Decoder(layout, index.first_row, camera, size) for camera in cameras], []
     shape, pictures, faults = (index.num_frames, 3, *size), [], []
     if cache == "memory":
         needed, free = len(cameras) * math.prod(shape), _memory_available()
@@ -203,14 +203,15 @@ def open_frames(
             cure = "give --data.cache disk or none, or a smaller --data.image_size"
             raise InputError(f"decoded pictures need {size_of(needed)} of memory, {size_of(free)} are free: {cure}")
         for camera in cameras:
-            pictures.append(Stored(np.empty(shape, np.uint8)))
-            faults += decode_all(layout, index, camera, size, skipped, pictures[-1].source)
+            with open(os.memfd_create(camera)) as file:  # a file in memory, so that processes can share it
+                path = Path(f"/proc/{os.getpid()}/fd/{file.fileno()}")
+                pictures.append(Stored(allocate(path, np.uint8, shape)))
+                faults += decode_all(layout, index, camera, size, skipped, path)
         return pictures, faults
 
     def build(camera: str, unfinished: Path) -> None:
-        decoded = allocate(unfinished / "frames.npy", np.uint8, shape)
-        rows = decode_all(layout, index, camera, size, skipped, decoded)
-        decoded.flush()
+        allocate(unfinished / "frames.npy", np.uint8, shape)
+        rows = decode_all(layout, index, camera, size, skipped, unfinished / "frames.npy")
         (unfinished / "faults.json").write_text(json.dumps([(row.file, row.text, row.episodes) for row in rows]))
 
     left_out, done = layout.episodes[skipped].tolist(), {}
@@ -235,44 +236,52 @@ def _memory_available() -> int:
 
 
 def decode_all(
-    layout: Layout,
-    index: Index,
-    camera: str,
-    size: tuple[int, int],
-    skipped: np.ndarray,
-    pictures: np.ndarray | None = None,
+    layout: Layout, index: Index, camera: str, size: tuple[int, int], skipped: np.ndarray, file: Path | None = None
 ) -> list[Fault]:
-    """Decode each episode that is not skipped, into pictures uint8 [F, 3, h, w] if given. Returns what is broken.
+    """Decode each episode that is not skipped, into the array uint8 [F, 3, h, w] of a .npy file if one is given.
 
-    Threads suffice: the libraries let go of the interpreter's lock while they decode.
+    Returns what is broken. In processes, as threads would wait for each other between two pictures.
     """
-    start, good = np.cumsum(layout.lengths) - layout.lengths, layout.lengths > 0
+    good = layout.lengths > 0
     good[skipped] = False
-    files = layout.videos.get(camera, layout.data)
+    of = layout.videos.get(camera, layout.data).of
     jobs: list[list[int]] = []
-    frames, file = JOB, -1
+    frames, last = JOB, -1
     for row in np.flatnonzero(good).tolist():
-        if frames >= JOB or files.of[row] != file:
+        if frames >= JOB or of[row] != last:
             jobs.append([])
-            frames, file = 0, files.of[row]
+            frames, last = 0, of[row]
         jobs[-1].append(row)
         frames += layout.lengths[row]
-    threads = os.cpu_count()
+    total, faults = int(layout.lengths[good].sum()), []
+    # A process takes a second to start.
+    workers = 0 if total < 8 * JOB else min(len(os.sched_getaffinity(0)), len(jobs))
+    make = partial(_Job, layout, index.first_row, camera, size, file)
     with (
-        ThreadPoolExecutor(threads) as pool,
-        tqdm(total=int(layout.lengths[good].sum()), desc=f"decoding {camera}", unit="frame", delay=1) as progress,
+        Workers(make, workers) as crew,
+        tqdm(total=total, desc=f"decoding {camera}", unit="frame", delay=1) as progress,
     ):
+        for rows, broken in zip(jobs, crew.map(jobs), strict=True):
+            faults += broken
+            progress.update(int(layout.lengths[rows].sum()))
+    return faults
 
-        def decode(rows: list[int]) -> list[Fault]:
-            decoder, faults = Decoder(layout, index, camera, size), []
-            for row in rows:
-                frames = np.arange(start[row], start[row] + layout.lengths[row])
-                out = None if pictures is None else pictures[frames[0] : frames[-1] + 1]
-                try:
-                    decoder.read(frames, out, frames - frames[0])
-                except Broken as broken:
-                    faults.append(broken.fault)
-                progress.update(len(frames))
-            return faults
 
-        return [fault for faults in pool.map(decode, jobs) for fault in faults]
+class _Job:
+    """Decodes some episodes, by their rows, and tells what is broken."""
+
+    def __init__(self, layout: Layout, first_row: np.ndarray, camera: str, size: tuple[int, int], file: Path | None):
+        self.decoder = Decoder(layout, first_row, camera, size)
+        self.ends, self.lengths = np.cumsum(layout.lengths), layout.lengths
+        self.pictures = None if file is None else np.load(file, mmap_mode="r+")
+
+    def __call__(self, rows: list[int]) -> list[Fault]:
+        faults = []
+        for row in rows:
+            frames = np.arange(self.ends[row] - self.lengths[row], self.ends[row])
+            out = None if self.pictures is None else self.pictures[frames[0] : frames[-1] + 1]
+            try:
+                self.decoder.read(frames, out, frames - frames[0])
+            except Broken as broken:
+                faults.append(broken.fault)
+        return faults

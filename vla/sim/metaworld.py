@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from vla import InputError
-from vla.sim.parallel import WORKER
+from vla.workers import WORKER
 
 # Difficulty of the tasks, as divided by Seo et al. ("Masked world models for visual control", 2023, appendix).
 TIERS = {
