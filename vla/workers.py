@@ -44,7 +44,8 @@ class Workers:
             self.processes.append(subprocess.Popen(command, stdin=subprocess.PIPE, **options))
             self.connections.append(ours)
             theirs.close()
-            ours.send(make)
+        for connection in self.connections:  # all have started: what is large waits until a process reads
+            connection.send(make)
         self.busy: list[int] = []  # those that have not answered, as often as they were called
 
     def __enter__(self) -> "Workers":

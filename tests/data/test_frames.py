@@ -314,6 +314,21 @@ def test_size_place_and_progress_are_told(root, capfd, monkeypatch):
         assert not capfd.readouterr().err
 
 
+@pytest.mark.parametrize("cache", ["disk", "memory"])
+@pytest.mark.parametrize("codec", ["png", "h264"])
+def test_processes_that_decode_find_the_same_pictures_and_faults(cache, codec, tmp_path, monkeypatch, decoded):
+    monkeypatch.setattr(frames, "JOB", 1)  # so that these few pictures are worth processes
+    root = write(tmp_path / "set", codec=codec)
+    expected, whole = stored(root), np.delete(EVERY, np.s_[6:15])
+    np.testing.assert_array_equal(LeRobotDataset(root, cache=cache, image_size=(16, 24)).images(EVERY), expected)
+    damage_video(root) if codec == "h264" else as_row_7(b"no image")(root)
+    with pytest.raises(InputError, match=r"episode 2: .*--data.skip_bad"):
+        LeRobotDataset(root, cache=cache)
+    data = LeRobotDataset(root, cache=cache, skip_bad=True)
+    np.testing.assert_array_equal(data.images(whole), expected[whole])
+    assert not decoded  # in this process
+
+
 # ---- Where there is no room.
 
 

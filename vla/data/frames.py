@@ -272,13 +272,12 @@ class _Job:
 
     def __init__(self, layout: Layout, first_row: np.ndarray, camera: str, size: tuple[int, int], file: Path | None):
         self.decoder = Decoder(layout, first_row, camera, size)
-        self.ends, self.lengths = np.cumsum(layout.lengths), layout.lengths
         self.pictures = None if file is None else np.load(file, mmap_mode="r+")
 
     def __call__(self, rows: list[int]) -> list[Fault]:
-        faults = []
+        ends, lengths, faults = self.decoder.ends, self.decoder.layout.lengths, []
         for row in rows:
-            frames = np.arange(self.ends[row] - self.lengths[row], self.ends[row])
+            frames = np.arange(ends[row] - lengths[row], ends[row])
             out = None if self.pictures is None else self.pictures[frames[0] : frames[-1] + 1]
             try:
                 self.decoder.read(frames, out, frames - frames[0])

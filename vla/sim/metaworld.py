@@ -225,12 +225,14 @@ def _mujoco():
     import mujoco
 
     if _gl is None:
-        gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
-        if gpus and WORKER in os.environ:  # each GPU draws for some of the processes
-            os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", str(int(os.environ[WORKER]) % gpus))
         # Not mujoco.GLContext, which is of what MUJOCO_GL was when someone first imported the package. Of any size, as
         # what is drawn goes to buffers of its own.
-        _gl = importlib.import_module(f"mujoco.{os.environ['MUJOCO_GL'].lower()}").GLContext(8, 8)
+        renderer = importlib.import_module(f"mujoco.{os.environ['MUJOCO_GL'].lower()}")
+        if WORKER in os.environ and renderer.__name__ == "mujoco.egl":
+            # Each GPU draws for some of the processes. EGL counts them first, then what draws in software.
+            gpus = min(len(list(Path("/dev").glob("nvidia[0-9]*"))), len(renderer.EGL.eglQueryDevicesEXT()))
+            os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", str(int(os.environ[WORKER]) % max(1, gpus)))
+        _gl = renderer.GLContext(8, 8)
         _gl.make_current()
         atexit.register(globals().pop, "_gl")  # which frees it, while its library is still there
     return mujoco
