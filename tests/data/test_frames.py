@@ -314,8 +314,7 @@ def test_size_place_and_progress_are_told(root, capfd, monkeypatch):
         assert not capfd.readouterr().err
 
 
-@pytest.mark.parametrize("cache", ["disk", "memory"])
-@pytest.mark.parametrize("codec", ["png", "h264"])
+@pytest.mark.parametrize(("cache", "codec"), [("disk", "png"), ("memory", "h264")])
 def test_processes_that_decode_find_the_same_pictures_and_faults(cache, codec, tmp_path, monkeypatch, decoded):
     monkeypatch.setattr(frames, "JOB", 1)  # so that these few pictures are worth processes
     root = write(tmp_path / "set", codec=codec)
