@@ -19,7 +19,7 @@ from vla.config import TrainConfig
 from vla.data.mixture import open_datasets
 from vla.data.stream import Samples, split
 from vla.model import DatasetSpec, PolicyConfig, VLAPolicy
-from vla.optim import adamw, parameter_groups
+from vla.optim import make_optimizer, parameter_groups
 
 WARM = 20  # steps that are not counted
 CUDA = torch.cuda.is_available()
@@ -62,7 +62,7 @@ def limit(config: TrainConfig, steps: int) -> dict:
     size = config.global_batch_size
     batches = [samples.batch(range(i * size, (i + 1) * size)) for i in range(4)]
     batches = [{name: value.to(DEVICE) for name, value in batch.items()} for batch in batches]
-    optimizer, turn = adamw(parameter_groups(policy, config.optim), config.optim), iter(range(10**9))
+    optimizer, turn = make_optimizer(parameter_groups(policy, config.optim), config.optim), iter(range(10**9))
 
     def backward() -> None:
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=CUDA):

@@ -8,7 +8,7 @@ import torch
 from vla import InputError
 from vla.config import MODULES, LossConfig, ModelConfig, OptimConfig
 from vla.model import DatasetSpec, PolicyConfig, VLAPolicy
-from vla.optim import EMA, adamw, parameter_groups, schedule
+from vla.optim import EMA, Muon, make_optimizer, parameter_groups, schedule
 from vla.shards import Rows
 
 # Parameters of two and more dimensions that are no weights of linear maps or convolutions.
@@ -55,7 +55,7 @@ def test_biases_norms_embeddings_and_learned_places_do_not_decay_and_all_else_do
     for name, p in policy.named_parameters():
         assert decay[id(p)] == (0.0 if p.ndim < 2 or name in LEARNED_PLACES else 0.25), name
     parameters = dict(policy.named_parameters())
-    for name in ("vision_encoder.convolutions.0.weight", "language_model.letters.weight"):
+    for name in ("vision_encoder.convolutions.1.weight", "language_model.letters.weight"):
         assert decay[id(parameters[name])] == 0.25
     for name in ("action_head.decoder.blocks.0.cross_attention.query_norm.weight", "language_model.norm.bias"):
         assert decay[id(parameters[name])] == 0.0
@@ -93,7 +93,92 @@ def test_moments_in_eight_bits_without_the_library_for_them_are_refused(monkeypa
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     config = OptimConfig(eight_bit=True)
     with pytest.raises(InputError, match=r"--optim\.eight_bit needs bitsandbytes"):
-        adamw(parameter_groups(tiny(), config), config)
+        make_optimizer(parameter_groups(tiny(), config), config)
+
+
+def moved_by(make, rates, steps=3):
+    """Weights [6, 4], [4, 6] and a convolution [8, 3, 3, 3], after steps with the same gradients."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (6, 4), (4, 6), (4, 6), (8, 3, 3, 3)
+    weights = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    optimizer = make(weights, **rates)
+    for _ in range(steps):
+        for p in weights:
+            p.grad = torch.randn(p.shape, generator=generator)
+        optimizer.step()
+    return weights, optimizer
+
+
+def ours(weights, **rates):
+    return Muon([{"params": weights, "muon": True, **rates}])
+
+
+def torchs(weights, **rates):
+    flat = [p if p.ndim == 2 else p.data.view(len(p), -1).requires_grad_() for p in weights]
+    optimizer = torch.optim.Muon(flat, momentum=0.95, nesterov=True, **rates)
+    step = optimizer.step
+
+    def with_gradients():
+        for view, p in zip(flat, weights, strict=True):
+            view.grad = p.grad.view_as(view)
+        step()
+
+    optimizer.step = with_gradients
+    return optimizer
+
+
+def test_muon_is_that_of_torch_with_convolutions_as_matrices():
+    rates = {"lr": 0.1, "weight_decay": 0.2}
+    for mine, theirs in zip(moved_by(ours, rates)[0], moved_by(torchs, rates)[0], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=5e-3)  # a step has entries of about 0.04
+        assert (mine - theirs).norm() < 3e-3 * theirs.norm()  # both round to bfloat16
+
+
+def test_muon_moves_hidden_weights_and_adamw_all_else():
+    """A step of Muon is about as long in every direction."""
+    policy = tiny("regression")
+    optimizer = make_optimizer(parameter_groups(policy, config := OptimConfig(lr=1e-3, muon_lr=0.01)), config)
+    before = {name: p.detach().clone() for name, p in policy.named_parameters()}
+    for p in policy.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    by_muon = set()
+    for name, p in policy.named_parameters():
+        step = (p.detach() - before[name]) if p.ndim < 2 else (p.detach() - before[name]).flatten(1)
+        if "momentum" in optimizer.state[p]:
+            by_muon.add(name)
+            length = 0.01 * max(1, step.shape[0] / step.shape[1]) ** 0.5
+            lengths = torch.linalg.svdvals(step + 0.01 * config.weight_decay * before[name].flatten(1))
+            assert lengths.max() < 1.3 * length and lengths.median() > 0.6 * length, name
+        else:
+            torch.testing.assert_close(step.abs(), torch.full_like(step, 1e-3), rtol=0.05, atol=1e-4)
+    names = ("action_head.decoder.blocks.0.mlp.1.weight", "language_model.blocks.0.attention.query.weight")
+    assert by_muon > {*names, "vision_encoder.convolutions.1.weight"}
+    others = {"action_head.decoder.out.1.weight", "action_head.decoder.state.weight", "language_model.letters.weight"}
+    assert not by_muon & (others | LEARNED_PLACES | {name for name, p in policy.named_parameters() if p.ndim < 2})
+
+
+def test_rates_of_modules_hold_for_muon_in_proportion():
+    config = OptimConfig(lr=1e-3, muon_lr=0.02, module_lrs=(("vision_encoder", 5e-4),))
+    rates = {group["name"]: group["peak_lr"] for group in parameter_groups(tiny(), config)}
+    assert (rates["vision_encoder/muon"], rates["action_head/muon"]) == (0.01, 0.02)
+    assert (rates["vision_encoder/no_decay"], rates["action_head"]) == (5e-4, 1e-3)
+
+
+def test_muon_leaves_everything_alone_where_the_gradient_is_not_finite():
+    weights, optimizer = moved_by(ours, {"lr": 0.1, "weight_decay": 0.2})
+    moments = [optimizer.state[p]["momentum"] for p in weights]
+    before = [value.detach().clone() for value in (*weights, *moments)]
+    for p in weights:
+        p.grad = torch.full_like(p, math.nan)
+    optimizer.found_inf = torch.tensor(1.0)
+    optimizer.step()
+    assert all(torch.equal(now, then) for now, then in zip((*weights, *moments), before, strict=True))
+    for p in weights:
+        p.grad = torch.ones_like(p)
+    optimizer.found_inf = torch.tensor(0.0)
+    optimizer.step()
+    assert not any(torch.equal(now, then) for now, then in zip((*weights, *moments), before, strict=True))
 
 
 QUARTER = (1 + math.sqrt(0.5)) / 2  # of a half cosine that is left at a quarter of the way

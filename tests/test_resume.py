@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils._pytree import tree_leaves
 from training import (
     LAUNCH,
+    SHARDED,
     TWO_PROCESSES,
     assert_equal,
     die_at,
@@ -51,6 +52,17 @@ def test_moments_of_eight_bits_are_resumed_bit_for_bit(uninterrupted, flags, tmp
     assert_equal(tmp_path / "run", uninterrupted(*own))
     moments = torch.load(last(tmp_path / "run") / "optimizer.bin", weights_only=True)["state"]
     assert torch.uint8 in {leaf.dtype for leaf in tree_leaves(moments) if isinstance(leaf, torch.Tensor)}
+
+
+@pytest.mark.parametrize("env", [None, SHARDED], ids=["whole", "sharded"])
+def test_momentum_of_muon_is_resumed_bit_for_bit(env, uninterrupted, flags, tmp_path):
+    own, processes = ("--optim.muon_lr", 0.01), 2 if env else 1
+    train(*flags, *own, "--run_dir", tmp_path / "run", before=die_at(7), processes=processes, env=env)
+    for resumed in train("--resume_from", tmp_path / "run", processes=processes, env=env):
+        resumed.ok()
+    assert_equal(tmp_path / "run", uninterrupted(*own, processes=processes, env=env))
+    # What Muon makes of a gradient has the precision of bfloat16.
+    assert series(tmp_path / "run", "train/loss") == pytest.approx(series(uninterrupted(*own), "train/loss"), rel=0.01)
 
 
 def test_run_resumed_with_other_workers_equals_uninterrupted_run(uninterrupted, flags, tmp_path):

@@ -34,13 +34,12 @@ from accelerate import Accelerator
 from accelerate.checkpointing import load_accelerator_state
 from accelerate.utils import broadcast_object_list, gather_object
 from accelerate.utils import load as load_tensors
-from torch import Tensor
 
 from vla import InputError, shards
 from vla.config import CheckpointConfig
 from vla.learner import Learner
 from vla.model.policy import VLAPolicy
-from vla.optim import EMA, trained_parameters
+from vla.optim import EMA, before_first_step, trained_parameters
 from vla.shards import Rows, files
 
 logger = logging.getLogger(__name__)
@@ -236,7 +235,10 @@ def _load_rows(policy: VLAPolicy, optimizer: torch.optim.Optimizer, path: Path, 
         of = dict(zip(numbers, trained, strict=True))
         moments = Rows({f"{of[n]}/{kind}": [value] for n, has in saved["state"].items() for kind, value in has.items()})
     moved = {name.rpartition("/")[0] for name in moments.parts}
-    state = {p: optimizer.state.get(p) or _no_moments(p) for name, p in trained.items() if name in moved}
+    by_muon = {p for group in optimizer.param_groups if group.get("muon") for p in group["params"]}
+    state = {
+        p: optimizer.state.get(p) or before_first_step(p, p in by_muon) for name, p in trained.items() if name in moved
+    }
     expected = {f"{n}/{kind}": value for n, p in trained.items() if p in state for kind, value in state[p].items()}
     moments.check(expected, "the moments")
     for rows, tensors in ((weights, policy.own_state()), (moments, expected)):
@@ -244,11 +246,6 @@ def _load_rows(policy: VLAPolicy, optimizer: torch.optim.Optimizer, path: Path, 
             rows.read(name, tensor)
     optimizer.state.clear()
     optimizer.state.update(state)
-
-
-def _no_moments(p: Tensor) -> dict[str, Tensor]:
-    """What a fused AdamW has of a parameter before its first step."""
-    return {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
 
 
 def restore(learner: Learner, resume_from: str, folder: Path, passed_over: Iterable[Path] = ()) -> tuple[dict, Path]:

@@ -158,9 +158,13 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    # Peak learning rate.
+    # Peak learning rate, of AdamW.
     lr: float = 3e-4
-    # Learning rates of modules, or parts of them, as name and rate: vision_encoder 1e-4 action_head 5e-4.
+    # Peak learning rate of Muon (Jordan et al., 2024), which then moves the weights between hidden units, such as 0.01
+    # (0: AdamW moves them, too).
+    muon_lr: float = 0.0
+    # Learning rates of modules, or parts of them, as name and rate: vision_encoder 1e-4 action_head 5e-4. (Muon's is in
+    # proportion.)
     module_lrs: tuple[tuple[str, float], ...] = ()
     # Shape of the learning rate over the run, after the warm-up.
     schedule: Literal["constant", "linear", "cosine", "step", "wsd"] = "cosine"

@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, ParallelismConfig, PartialState
 from torch import nn
 from torch.distributed import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
 
 from vla import InputError
 from vla.config import TrainConfig
@@ -34,6 +34,9 @@ def set_up(accelerator: Accelerator, config: TrainConfig) -> None:
         "fsdp_activation_checkpointing": plugin.activation_checkpointing
         and "take it out of the YAML, and give --model.gradient_checkpointing",
         "parallelism_config": accelerator.parallelism_config and "take it out of the YAML",
+        "--optim.muon_lr": config.optim.muon_lr
+        and isinstance(plugin.cpu_offload, CPUOffloadPolicy)
+        and "leave it out, or set fsdp_offload_params: false in the YAML",
         "--optim.eight_bit": config.optim.eight_bit and "leave it out, the processes share the moments",
         f"--model.frozen_dtype {config.model.frozen_dtype}": config.model.frozen_dtype != "float32"
         and "leave it out, the processes share the weights",

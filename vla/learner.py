@@ -12,7 +12,7 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from vla import InputError, fsdp
 from vla.config import TrainConfig
 from vla.model import VLAPolicy
-from vla.optim import EMA, adamw, parameter_groups
+from vla.optim import EMA, make_optimizer, parameter_groups
 
 
 def accelerate(config: TrainConfig, accumulation: int, world_size: int) -> Accelerator:
@@ -50,7 +50,7 @@ class Learner:
         if config.compile:
             policy.compile()
         policy.freeze_at(math.inf)
-        optimizer = adamw(parameter_groups(policy, config.optim), config.optim)
+        optimizer = make_optimizer(parameter_groups(policy, config.optim), config.optim)
         policy.freeze_at(0)
         if not any(p.requires_grad for p in policy.parameters()):
             raise InputError("--model.freeze leaves nothing to train until --model.unfreeze; leave a part out")

@@ -8,32 +8,41 @@ from torch import Tensor, nn
 
 from vla import InputError
 from vla.config import OptimConfig
+from vla.model import VLAPolicy
+from vla.model.backbone import VisionEncoder
 from vla.model.lora import submodule
-from vla.shards import Rows, local
+from vla.shards import Rows, gathered, held, local
 
 
-def parameter_groups(policy: nn.Module, config: OptimConfig) -> list[dict]:
-    """Two AdamW groups for each trained module: weights of linear maps and convolutions decay, all else does not.
+def parameter_groups(policy: VLAPolicy, config: OptimConfig) -> list[dict]:
+    """Groups for each trained module: weights of linear maps and convolutions decay, all else does not. With muon_lr
+    those among them that map hidden units to hidden units are a group of their own, for Muon.
 
-    Each group carries its `name` and its `peak_lr`. Of the names in module_lrs that fit a parameter the longest counts.
-    Raises InputError for a name that fits none.
+    Each group carries its `name`, its `peak_lr` and whether it is for `muon`. Of the names in module_lrs that fit a
+    parameter the longest counts. Raises InputError for a name that fits none.
     """
     kinds = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
     decaying = {module.weight for module in policy.modules() if isinstance(module, kinds)}
+    parts = [*policy.layers(), *(part for part in policy.modules() if isinstance(part, VisionEncoder))]
+    hidden = {p for part in parts for p in part.parameters()} & decaying
     rates, groups = dict(config.module_lrs), {}
     for name in rates:
         submodule(policy, name, "optim.module_lrs")
+    suffixes = "", "/no_decay", "/muon"
     for path, p in policy.named_parameters():
         if not p.requires_grad:
             continue
         fitting = [name for name in rates if path.startswith(f"{name}.")]
         name = max(fitting, key=len, default=path.partition(".")[0])
         peak = rates.get(name, config.lr)
-        for suffix, decay in ("", config.weight_decay), ("/no_decay", 0.0):
-            group = {"name": name + suffix, "params": [], "lr": peak, "peak_lr": peak, "weight_decay": decay}
+        for suffix in suffixes:
+            muon, decay = suffix == "/muon", 0.0 if suffix == "/no_decay" else config.weight_decay
+            lr = peak * config.muon_lr / config.lr if muon else peak
+            group = {"name": name + suffix, "params": [], "lr": lr, "peak_lr": lr, "weight_decay": decay, "muon": muon}
             groups.setdefault(name + suffix, group)
-        groups[name if p in decaying else f"{name}/no_decay"]["params"].append(p)
-    if lost := sorted(name for name in rates if not {name, f"{name}/no_decay"} & groups.keys()):
+        suffix = "/no_decay" if p not in decaying else "/muon" if config.muon_lr and p in hidden else ""
+        groups[name + suffix]["params"].append(p)
+    if lost := sorted(name for name in rates if not {name + suffix for suffix in suffixes} & groups.keys()):
         raise InputError(
             f"--optim.module_lrs gives a rate to {', '.join(lost)}, where nothing is trained; leave it out"
         )
@@ -48,8 +57,10 @@ def trained_parameters(policy: nn.Module, optimizer: torch.optim.Optimizer) -> d
     return {names[p]: p for group in optimizer.param_groups for p in group["params"]}
 
 
-def adamw(groups: list[dict], config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW for these groups. Raises InputError if it is to keep 8 bits and bitsandbytes is not there."""
+def make_optimizer(groups: list[dict], config: OptimConfig) -> torch.optim.Optimizer:
+    """What moves these groups. Raises InputError if bitsandbytes is to keep the moments, and is not there."""
+    if config.muon_lr:
+        return Muon(groups, betas=config.betas, fused=True)
     if not config.eight_bit:
         return torch.optim.AdamW(groups, betas=config.betas, fused=True)
     try:
@@ -57,6 +68,78 @@ def adamw(groups: list[dict], config: OptimConfig) -> torch.optim.Optimizer:
     except ImportError:
         raise InputError("--optim.eight_bit needs bitsandbytes; pip install bitsandbytes, or leave it out") from None
     return bitsandbytes.optim.AdamW8bit(groups, betas=config.betas)
+
+
+class Muon(torch.optim.AdamW):
+    """Muon (Jordan et al., 2024) for the groups that say `muon`, AdamW for the others.
+
+    A weight [rows, columns] moves along its Nesterov momentum, orthogonalized: by all directions alike, however small
+    their gradients. The step is lr * sqrt(max(1, rows / columns)) long in each. A convolution is a matrix of all that a
+    pixel sees, [out, in * height * width]. torch.optim.Muon does the same for matrices that lie on one device, one by
+    one; here those of one shape move together, be they sharded or not, and none moves where found_inf is set.
+    """
+
+    MOMENTUM, STEPS, COEFFICIENTS = 0.95, 5, (3.4445, -4.7750, 2.0315)
+
+    def __setstate__(self, state):  # AdamW's looks for its moments in every group, to mend those of old versions
+        torch.optim.Optimizer.__setstate__(self, state)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        groups = self.param_groups
+        try:
+            self.param_groups = [group for group in groups if not group["muon"]]
+            loss = super().step(closure)
+        finally:
+            self.param_groups = groups
+        for group in groups:
+            alike: dict[torch.Size, list[nn.Parameter]] = {}
+            for p in group["params"] if group["muon"] else ():
+                if p.grad is not None:
+                    alike.setdefault(p.shape, []).append(p)
+            for parameters in alike.values():
+                self._move(parameters, group["lr"], group["weight_decay"])
+        return loss
+
+    def _move(self, parameters: list[nn.Parameter], lr: float, decay: float) -> None:
+        """One step of n parameters of one shape."""
+        for p in parameters:
+            self.state[p] = self.state[p] or before_first_step(p, muon=True)
+        weights, moments = [local(p) for p in parameters], [local(self.state[p]["momentum"]) for p in parameters]
+        gradient, momentum = torch.stack([local(p.grad) for p in parameters]), torch.stack(moments)
+        if (bad := getattr(self, "found_inf", None)) is not None:  # 1: everything stays as it is
+            gradient, live = gradient.where(bad == 0, 0), 1 - bad
+            lr, fresh = lr * live, (1 - self.MOMENTUM) * live
+        else:
+            fresh = torch.tensor(1 - self.MOMENTUM, device=momentum.device)
+        momentum.lerp_(gradient, fresh)
+        torch._foreach_copy_(moments, list(momentum))
+        update = self._orthogonal(gathered(gradient.lerp_(momentum, self.MOMENTUM), parameters[0]).flatten(2))
+        update *= lr * math.sqrt(max(1, update.shape[1] / update.shape[2]))
+        update = update.unflatten(2, parameters[0].shape[1:])
+        torch._foreach_mul_(weights, 1 - lr * decay)
+        torch._foreach_sub_(weights, list(held(update, parameters[0])))
+
+    def _orthogonal(self, matrices: Tensor) -> Tensor:
+        """The matrices with all their singular values brought near 1, by Newton-Schulz iterations in bfloat16.
+
+        float32 [n, rows, columns] -> the same.
+        """
+        wide = matrices.shape[1] <= matrices.shape[2]
+        x = matrices if wide else matrices.mT
+        x = (x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).bfloat16()
+        a, b, c = self.COEFFICIENTS
+        for _ in range(self.STEPS):
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        return (x if wide else x.mT).float()
+
+
+def before_first_step(p: Tensor, muon: bool) -> dict[str, Tensor]:
+    """What the optimizer has of a parameter before its first step."""
+    if muon:
+        return {"momentum": torch.zeros_like(p)}
+    return {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
 
 
 def schedule(config: OptimConfig, step: int, steps: int) -> float:

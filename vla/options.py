@@ -220,6 +220,9 @@ def validate(config: TrainConfig) -> None:
         raise InputError(
             f"--optim.module_lrs gives a rate to {', '.join(frozen)}, which --model.freeze freezes; drop one"
         )
+    if optim.muon_lr and (optim.eight_bit or not optim.lr):
+        found = "--optim.eight_bit" if optim.eight_bit else f"--optim.lr {optim.lr}, which AdamW needs beside it"
+        raise InputError(f"--optim.muon_lr {optim.muon_lr} does not go with {found}; drop one")
     bounds = {
         "seed": (0, 2**32 - 1),
         "global_batch_size": (1, None),
@@ -237,6 +240,7 @@ def validate(config: TrainConfig) -> None:
         "data.augment.saturation": (0, 1),
         "data.augment.hue": (0, 0.5),
         "optim.lr": (0, None),
+        "optim.muon_lr": (0, None),
         "optim.warmup_steps": (0, None),
         "optim.decay_share": (0, 1),
         "optim.final_ratio": (0, 1),

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from vla import InputError
 
@@ -45,6 +45,34 @@ def local(tensor: Tensor) -> Tensor:
 def whole(tensor: Tensor) -> Tensor:
     """The tensor of all processes; each calls this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gathered(rows: Tensor, like: Tensor) -> Tensor:
+    """Tensors of all processes, from the rows of each that this one holds of tensors like that; each calls this.
+
+    rows: [n, rows, ...] -> [n, *like.shape]
+    """
+    if not isinstance(like, DTensor):
+        return rows
+    shape = torch.empty(len(rows), *like.shape, device="meta")
+    cut = DTensor.from_local(
+        rows, like.device_mesh, [Shard(1)], run_check=False, shape=shape.shape, stride=shape.stride()
+    )
+    return cut.full_tensor()
+
+
+def held(tensors: Tensor, like: Tensor) -> Tensor:
+    """The rows of each that this process holds of tensors like that. [n, *like.shape] -> [n, rows, ...]"""
+    if not isinstance(like, DTensor):
+        return tensors
+    begin = first_row(like)
+    return tensors[:, begin : begin + len(local(like))]
+
+
+def first_row(tensor: DTensor) -> int:
+    """Where the rows begin that this process holds."""
+    mesh = tensor.device_mesh
+    return mesh.get_local_rank() * -(-len(tensor) // mesh.size())
 
 
 def own(tensors: Mapping[str, Tensor], main_process: bool) -> dict[str, Tensor]:
@@ -94,8 +122,7 @@ class Rows:
             mine.copy_(self.parts[name][0][...])
             return
         if isinstance(tensor, DTensor):
-            mesh = tensor.device_mesh
-            begin = mesh.get_local_rank() * -(-len(tensor) // mesh.size())
+            begin = first_row(tensor)
         for part in self.parts[name]:
             rows = _shape(part)[0]
             first, last = max(begin, row), min(begin + len(mine), row + rows)

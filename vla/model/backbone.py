@@ -4,8 +4,6 @@ on bytes.
 Dimension key: B batch, N cameras, S prefix tokens, I image tokens, T text tokens, D width, h and w pixels.
 """
 
-import itertools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,6 +14,7 @@ from vla.config import ModelConfig
 BYTES = 258  # 256 bytes, padding, beginning of sequence
 PAD, BOS = 256, 257
 PATCH, REACH = 4, 6  # bytes of one text token; bytes that its convolution looks back over
+FOLD = 4  # pixels either way that the image encoder takes as channels of one
 LAYERS = 4  # if --model.language_layers does not say
 
 
@@ -98,16 +97,18 @@ class VisionEncoder(nn.Module):
         super().__init__()
         width, stride = config.width, config.vision_stride
         rows, columns = image_size[0] // stride, image_size[1] // stride
-        scales = stride.bit_length() - 1
-        channels = [3] + [max(16, (width >> (scales - i)) // 8 * 8) for i in range(1, scales + 1)]
-        layers: list[nn.Module] = []
-        for before, after in itertools.pairwise(channels):
+        fold = min(FOLD, stride)
+        layers: list[nn.Module] = [nn.PixelUnshuffle(fold)]
+        before, scale = 3 * fold**2, fold
+        while scale <= stride:
+            after = max(16, width * scale // stride // 8 * 8)
             layers += [
-                nn.Conv2d(before, after, 3, stride=2, padding=1),
+                nn.Conv2d(before, after, 3, stride=2 if scale > fold else 1, padding=1),
                 *(Residual(after) for _ in range(config.vision_blocks)),
+                *(nn.GroupNorm(8, after), nn.GELU()),
             ]
-            layers += [nn.GroupNorm(8, after), nn.GELU()]
-        self.convolutions = nn.Sequential(*layers, nn.Conv2d(width, width, 1))
+            before, scale = after, 2 * scale
+        self.convolutions = nn.Sequential(*layers, nn.Conv2d(before, width, 1))
         self.register_buffer("places", fourier_grid(rows, columns), persistent=False)
         self.place = nn.Linear(self.places.shape[-1], width)
         self.camera = nn.Parameter(torch.randn(cameras, 1, width) * 0.5)
@@ -115,6 +116,7 @@ class VisionEncoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """images: uint8 [B, N, 3, h, w] -> [B, I, D] with I = N · (h / stride) · (w / stride)."""
         pixels = images.flatten(0, 1).float() / 127.5 - 1
+        pixels = pixels.contiguous(memory_format=torch.channels_last)  # as convolutions on a GPU want them
         features = self.convolutions(pixels).flatten(2).transpose(1, 2)  # [B·N, I / N, D]
         features = features.unflatten(0, images.shape[:2]) + self.place(self.places) + self.camera  # [B, N, I / N, D]
         return features.flatten(1, 2)
