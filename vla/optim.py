@@ -107,17 +107,15 @@ class Muon(torch.optim.AdamW):
             self.state[p] = self.state[p] or before_first_step(p, muon=True)
         weights, moments = [local(p) for p in parameters], [local(self.state[p]["momentum"]) for p in parameters]
         gradient, momentum = torch.stack([local(p.grad) for p in parameters]), torch.stack(moments)
-        if (bad := getattr(self, "found_inf", None)) is not None:  # 1: everything stays as it is
+        live = 1.0
+        if (bad := getattr(self, "found_inf", None)) is not None:  # where it is 1, everything stays as it is
             gradient, live = gradient.where(bad == 0, 0), 1 - bad
-            lr, fresh = lr * live, (1 - self.MOMENTUM) * live
-        else:
-            fresh = torch.tensor(1 - self.MOMENTUM, device=momentum.device)
-        momentum.lerp_(gradient, fresh)
+        momentum.lerp_(gradient, (1 - self.MOMENTUM) * live)
         torch._foreach_copy_(moments, list(momentum))
         update = self._orthogonal(gathered(gradient.lerp_(momentum, self.MOMENTUM), parameters[0]).flatten(2))
-        update *= lr * math.sqrt(max(1, update.shape[1] / update.shape[2]))
+        update *= lr * live * math.sqrt(max(1, update.shape[1] / update.shape[2]))
         update = update.unflatten(2, parameters[0].shape[1:])
-        torch._foreach_mul_(weights, 1 - lr * decay)
+        torch._foreach_mul_(weights, 1 - lr * live * decay)
         torch._foreach_sub_(weights, list(held(update, parameters[0])))
 
     def _orthogonal(self, matrices: Tensor) -> Tensor:
