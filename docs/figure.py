@@ -35,7 +35,7 @@ def main(run: Path, out: Path) -> None:
     successes.annotate(f"{rate:.0f} % of {final['episodes']} new scenes", (steps[-1], rate), (-4, -90), ha="right",
                        textcoords="offset points")  # fmt: skip
     successes.set(xlabel="optimizer step", ylabel="success, %", ylim=(-3, 103), title="Success in closed loop")
-    successes.legend(frameon=False, loc="upper left")
+    successes.legend(frameon=False, loc="lower right")
     with Image.open(run / "rollout.gif") as gif:
         gif.seek(gif.n_frames // 4)
         pictures.imshow(np.asarray(gif.convert("RGB")))
