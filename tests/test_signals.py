@@ -318,12 +318,12 @@ def test_long_evaluation_and_slow_step_that_move_are_no_hang(flags, tmp_path):
 def test_save_that_is_long_waited_for_is_no_hang(flags, tmp_path):
     def slow(found):
         def commit(temporary, final, others, original=checkpoint.commit):
-            time.sleep(4)
+            time.sleep(5)
             return original(temporary, final, others)
 
         checkpoint.commit = commit
 
-    own = ("--guard.hang_seconds", 2, "--steps", 6, "--checkpoint.every", 3, "--eval.every", 0)
+    own = ("--guard.hang_seconds", 3, "--steps", 6, "--checkpoint.every", 3, "--eval.every", 0)
     for child in train(*flags, *own, "--run_dir", tmp_path / "run", before=slow, processes=2):
         child.ok()
 
