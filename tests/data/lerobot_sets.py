@@ -33,6 +33,10 @@ def picture(number, size=SIZE):
     return image
 
 
+def noise(number, size):
+    return np.random.default_rng(number).integers(0, 256, (3, *size), dtype=np.uint8)
+
+
 def numbers(images):
     """What pictures show: uint8 [..., 3, h, w] -> int64 [...]."""
     h, w = images.shape[-2:]

@@ -1,5 +1,7 @@
 """Small policies on tiny pretrained models (see the fixture `originals`), and their batches."""
 
+import json
+import shutil
 from dataclasses import replace
 
 import torch
@@ -53,3 +55,18 @@ def learned(policy, batch):
     output["loss"].backward()
     found = {name: value.detach() for name, value in output.items()} | {"chunk": policy.predict_chunk(batch)}
     return found | {name: p.grad.clone() for name, p in policy.named_parameters() if p.requires_grad}
+
+
+def moved(flags, folder):
+    """The flags of copies of pretrained models."""
+    return {name: shutil.copytree(place, folder / name).as_posix() for name, place in flags.items()}
+
+
+def edited(name, **change):
+    """What changes a JSON file of a pretrained model; what is None is taken out."""
+
+    def edit(folder):
+        values = json.loads((folder / name).read_text()) | change
+        (folder / name).write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+
+    return edit

@@ -99,6 +99,10 @@ def rows(batch, which):
     return {name: value[which] for name, value in batch.items()}
 
 
+def actions(policy, count=5):
+    return np.stack([policy.select_action(observation(turn)) for turn in range(count)])
+
+
 def saved(tmp_path, **model):
     tiny(**model).save_pretrained(tmp_path / "export")
     return tmp_path / "export"

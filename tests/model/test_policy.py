@@ -1,8 +1,4 @@
 import itertools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,18 +12,15 @@ from robots import (
     B,
     H,
     P,
+    actions,
     configuration,
-    edit_config,
     observation,
     random_batch,
     rows,
-    saved,
     tiny,
 )
-from safetensors.torch import load_file, save_file
 from torch import nn
 
-import vla
 from vla import InputError, keyed
 from vla.config import MODULES, LossConfig, OptimConfig
 from vla.data.stats import statistics
@@ -317,10 +310,6 @@ def test_select_action_executes_its_steps_of_a_chunk_and_then_looks_again(monkey
     assert torch.equal(chunks[1], predict(looked))  # at what there was to see by then, with noise of its own
 
 
-def actions(policy, count=5):
-    return np.stack([policy.select_action(observation(turn)) for turn in range(count)])
-
-
 def test_reset_forgets_the_queue_and_the_seed_fixes_the_noise():
     policy = tiny(n_action_steps=3)
     first = actions(policy)  # stops within the second chunk
@@ -409,101 +398,3 @@ def test_policy_without_statistics_refuses_to_act(part):
     getattr(policy, other).set_statistics([statistics(STATES if other == "state_norm" else ACTIONS)])
     with pytest.raises(InputError, match="no normalization statistics"):
         policy.predict_chunk(random_batch(policy))
-
-
-# ---- Save and load
-
-PREDICT = """
-import sys, torch
-from safetensors.torch import load_file, save_file
-from vla.model import VLAPolicy
-torch.set_num_threads(int(sys.argv[1]))
-for head in sys.argv[2:]:
-    policy = VLAPolicy.from_pretrained(head)
-    save_file({"chunk": policy.predict_chunk(load_file("batch.safetensors"))}, f"{head}.chunk")
-"""
-
-
-def test_saved_policy_predicts_the_same_to_the_bit_in_a_new_process(tmp_path):
-    policies = {head: tiny(**model) for head, model in HEADS.items()}
-    batch = random_batch(policies["flow"])
-    save_file(batch, tmp_path / "batch.safetensors")
-    for head, policy in policies.items():
-        policy.save_pretrained(tmp_path / head)
-    subprocess.run(
-        [sys.executable, "-c", PREDICT, str(torch.get_num_threads()), *HEADS],
-        env=os.environ | {"PYTHONPATH": str(Path(vla.__file__).parents[1])},
-        cwd=tmp_path,
-        check=True,
-    )
-    for head, policy in policies.items():
-        assert torch.equal(load_file(tmp_path / f"{head}.chunk")["chunk"], policy.predict_chunk(batch))
-
-
-def test_loaded_policy_is_whole_and_ready_to_act(tmp_path):
-    model = {"head": "regression", "gripper_dims": (2,), "freeze": ("vision_encoder",), "loss": LossConfig(lm=0.3)}
-    policy = VLAPolicy.from_pretrained(saved(tmp_path, **model))
-    original = tiny(**model)
-    assert policy.config == original.config
-    assert not policy.training
-    assert {n: p.requires_grad for n, p in policy.named_parameters()} == {
-        n: p.requires_grad for n, p in original.named_parameters()
-    }
-    expected = original.state_dict()
-    assert policy.state_dict().keys() == expected.keys()
-    assert all(torch.equal(value, expected[name]) for name, value in policy.state_dict().items())
-    np.testing.assert_array_equal(actions(policy), actions(original))
-
-
-def edit_weights(folder, change):
-    weights = load_file(folder / "model.safetensors")
-    change(weights)
-    save_file(weights, folder / "model.safetensors")
-
-
-@pytest.mark.parametrize("name", ["action_head.decoder.slot", "action_norm.high", "vision_encoder.camera"])
-def test_missing_weights_are_refused(tmp_path, name):
-    folder = saved(tmp_path)
-    edit_weights(folder, lambda weights: weights.pop(name))
-    with pytest.raises(InputError, match=rf"does not fit its config.json: missing \['{name}'\], left over nothing"):
-        VLAPolicy.from_pretrained(folder)
-
-
-def test_weights_that_are_left_over_are_refused(tmp_path):
-    folder = saved(tmp_path)
-    edit_weights(folder, lambda weights: weights.update({"language_model.extra": torch.zeros(2)}))
-    with pytest.raises(InputError, match=r"missing nothing, left over \['language_model.extra'\]"):
-        VLAPolicy.from_pretrained(folder)
-
-
-@pytest.mark.parametrize("name", ["state_norm.offset", "action_norm.scale", "action_norm.low"])
-def test_weights_without_statistics_are_refused(tmp_path, name):
-    folder = saved(tmp_path)
-    edit_weights(folder, lambda weights: weights[name].__setitem__(0, torch.nan))
-    with pytest.raises(InputError, match="no normalization statistics"):
-        VLAPolicy.from_pretrained(folder)
-
-
-@pytest.mark.parametrize("part", ["model", "loss"])
-def test_configuration_of_another_version_is_refused(tmp_path, part):
-    folder = saved(tmp_path)
-    edit_config(
-        folder, lambda config: (config["model"] if part == "model" else config["model"]["loss"]).update(dropout=0.1)
-    )
-    with pytest.raises(InputError, match=r"config.json has unknown entries dropout"):
-        VLAPolicy.from_pretrained(folder)
-
-
-def test_configuration_with_an_unknown_entry_at_its_top_is_refused(tmp_path):
-    folder = saved(tmp_path)
-    edit_config(folder, lambda config: config.update(action_units="mm"))
-    with pytest.raises(InputError, match=r"config.json has unknown entries action_units"):
-        VLAPolicy.from_pretrained(folder)
-
-
-@pytest.mark.parametrize("entry", ["image_size", "model", "datasets"])
-def test_configuration_that_lacks_an_entry_is_refused(tmp_path, entry):
-    folder = saved(tmp_path)
-    edit_config(folder, lambda config: config.pop(entry))
-    with pytest.raises(InputError, match=f"lacks {entry}"):
-        VLAPolicy.from_pretrained(folder)

@@ -1,0 +1,193 @@
+"""Pretrained models on the disk: what is exported from them loads anywhere, and what cannot be built is refused."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from backbones import KINDS, SIDE, TEXTS, batch_of, edited, moved, policy_on, settings
+from robots import assert_same
+from safetensors.torch import load_file, save_file
+from tiny import vlm
+from torch import nn
+from transformers import AutoTokenizer
+
+from vla import InputError
+from vla.config import LoraConfig, LossConfig
+from vla.model import VLAPolicy, pretrained
+
+# ---- Exports
+
+PREDICT = """
+import socket, sys, torch
+
+def refuse(*address):
+    raise AssertionError("a connection was tried")
+
+socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
+from safetensors.torch import load_file, save_file
+from vla.model import VLAPolicy
+first, second, *names = sys.argv[1:]
+for name in names:
+    policy, batch = VLAPolicy.from_pretrained(name), load_file(f"{name}.batch")
+    batch["tokens"], batch["token_mask"] = policy.tokenize([first, second])
+    save_file({"chunk": policy.predict_chunk(batch)}, f"{name}.chunk")
+"""
+BOTH = ("vision_encoder", "language_model")
+ADAPTERS = {"lora": LoraConfig(rank=2, modules=BOTH)}
+EXPORTS = {f"whole {kind}": (kind, {}) for kind in KINDS}
+EXPORTS |= {f"frozen {kind}": (kind, {"freeze": BOTH}) for kind in ("paligemma", "qwen3_vl", "dinov2")}
+EXPORTS |= {f"half {kind}": (kind, {"freeze": BOTH, "frozen_dtype": "bfloat16"}) for kind in ("smolvlm", "dinov3")}
+EXPORTS |= {f"merged {kind}": (kind, ADAPTERS) for kind in ("qwen2_5_vl", "siglip2")}
+EXPORTS |= {"merged half": ("paligemma", ADAPTERS | {"frozen_dtype": "bfloat16"})}
+EXPORTS |= {f"adapters {kind}": (kind, ADAPTERS | {"language_layers": 2}) for kind in ("idefics3", "siglip")}
+
+
+def test_exports_predict_the_same_to_the_bit_in_a_new_process_without_network_or_what_they_do_not_need(
+    originals, tmp_path
+):
+    expected = {}
+    for name, (kind, options) in EXPORTS.items():
+        policy = policy_on(moved(originals(kind), tmp_path / f"{name} base"), **options)
+        for key, p in policy.named_parameters():
+            if "lora_B" in key:
+                nn.init.normal_(p, std=0.1)
+        if name.startswith("merged"):
+            policy.merge()
+        if not name.startswith("adapters"):
+            shutil.rmtree(tmp_path / f"{name} base")
+        batch = batch_of(policy)
+        save_file({key: value for key, value in batch.items() if "token" not in key}, tmp_path / f"{name}.batch")
+        expected[name] = policy.eval().predict_chunk(batch)
+        policy.save_pretrained(tmp_path / name)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-c", PREDICT, *TEXTS, *EXPORTS], env=environment, cwd=tmp_path, check=True)
+    found = {name: load_file(tmp_path / f"{name}.chunk")["chunk"] for name in EXPORTS}
+    assert_same(found, expected)
+
+
+def test_adapters_without_their_base_or_with_another_one_are_refused(originals, tmp_path):
+    flags = moved(originals("smolvlm"), tmp_path)
+    policy_on(flags, **ADAPTERS).save_pretrained(tmp_path / "export")
+    assert VLAPolicy.from_pretrained(tmp_path / "export").config.base
+    shutil.rmtree(flags["backbone"])
+    with pytest.raises(InputError, match=f"--model.backbone {flags['backbone']}: there is no such folder"):
+        VLAPolicy.from_pretrained(tmp_path / "export")
+    vlm("smolvlm", flags["backbone"], seed=1)
+    with pytest.raises(InputError, match=f"export was trained on other weights than {flags['backbone']} has now"):
+        VLAPolicy.from_pretrained(tmp_path / "export")
+
+
+def test_export_without_the_folder_of_its_tokenizer_is_refused(originals, tmp_path):
+    policy_on(originals("smolvlm")).save_pretrained(tmp_path / "export")
+    shutil.rmtree(tmp_path / "export" / "backbone")
+    with pytest.raises(InputError, match="export has no folder backbone"):
+        VLAPolicy.from_pretrained(tmp_path / "export")
+
+
+# ---- What cannot be built
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"freeze": ("language_model.nonsense",)}, "--model.freeze names .* language_model has no part nonsense"),
+        ({"freeze": ("projector",)}, "--model.freeze names projector, but the policy has no part projector"),
+        (
+            {"unfreeze": (("vision_encoder", 3),)},
+            "--model.unfreeze names vision_encoder, which --model.freeze does not",
+        ),
+        ({"freeze": ("language_model",), "lora": LoraConfig(rank=2)}, "--model.freeze freezes language_model"),
+        ({"language_layers": 4}, "--model.language_layers is 4, but .*smolvlm has 3"),
+        ({"hidden_layer": 1}, "--model.hidden_layer 1: .* give --model.language_layers 1, or that loss"),
+        ({"hidden_layer": 3, "loss": LossConfig(lm=1)}, "--model.hidden_layer is 3; expected less than the 3 layers"),
+        ({"vision_backbone": "."}, "give the first, or the other two"),
+        ({"backbone": "", "vision_backbone": "."}, "give the first, or the other two"),
+        ({"backbone": "", "language_backbone": "."}, "give the first, or the other two"),
+        ({"backbone": "nowhere/at/all"}, "--model.backbone nowhere/at/all: config.json cannot be read"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused(options, told, originals):
+    with pytest.raises(InputError, match=told):
+        policy_on(originals("smolvlm"), **options)
+
+
+def test_too_few_layers_for_the_images_are_refused(originals):
+    with pytest.raises(InputError, match=r"--model.language_layers 1: images enter the first 2 layers"):
+        policy_on(originals("qwen3_vl"), language_layers=1)
+
+
+def test_causal_attention_is_refused_where_images_and_instruction_see_each_other(originals):
+    model = settings(originals("paligemma"), attention="flash_attention_2").model
+    with pytest.raises(InputError, match="flash_attention_2 is causal, and in paligemma images and instruction see"):
+        pretrained.build(model, 2, (SIDE, SIDE), None, True)
+
+
+def without(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def reshaped(shape):
+    """The weights of a folder with one of another shape, or none if there is no shape."""
+
+    def edit(folder):
+        weights = load_file(folder / "model.safetensors")
+        weights.pop("model.text_model.norm.weight")
+        weights |= {"model.text_model.norm.weight": torch.zeros(shape)} if shape else {}
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+    return edit
+
+
+LACKING = "lacks weights or has them in another shape, model.text_model.norm.weight, which would stay random"
+DAMAGED = {
+    "without weights": (without("model.safetensors"), "weights cannot be read"),
+    "with damaged weights": (lambda folder: (folder / "model.safetensors").write_text("{"), "weights cannot be read"),
+    "without one of the weights": (reshaped(None), LACKING),
+    "with a weight of another shape": (reshaped((3,)), LACKING),
+    "without an image processor": (without("preprocessor_config.json"), "preprocessor_config.json cannot be read"),
+    "without the size of images": (edited("preprocessor_config.json", size=None, max_image_size=None), "has the size"),
+    "without colours": (edited("preprocessor_config.json", image_mean=None), "lacks image_mean or image_std"),
+    "with images that patches do not divide": (
+        edited("preprocessor_config.json", max_image_size={"longest_edge": 40}),
+        "images of 40x40 cannot be cut into the backbone's patches of 16x16",
+    ),
+    "without a tokenizer": (without("tokenizer.json"), "tokenizer cannot be read"),
+    "with the tokenizer of another model": (
+        lambda folder: AutoTokenizer.from_pretrained(vlm("qwen3_vl", folder / "other")).save_pretrained(folder),
+        "has no token .*<fake_token_around_image>",
+    ),
+    "without a configuration": (without("config.json"), "config.json cannot be read"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_model_is_refused(damage, originals, tmp_path):
+    edit, told = DAMAGED[damage]
+    flags = moved(originals("smolvlm"), tmp_path)
+    edit(tmp_path / "backbone")
+    with pytest.raises(InputError, match=told) as refusal:
+        policy_on(flags)
+    assert "\n" not in str(refusal.value)
+
+
+def test_models_of_another_kind_are_refused_where_they_stand(originals, tmp_path):
+    words, pictures = (originals("siglip")[flag] for flag in ("language_backbone", "vision_backbone"))
+    for flags, told in (
+        ({"backbone": words}, "is of the family qwen3; expected one of smolvlm, idefics3"),
+        ({"vision_backbone": words, "language_backbone": words}, "is of the family qwen3, which has no patches"),
+        ({"vision_backbone": pictures, "language_backbone": pictures}, f"--model.language_backbone {pictures}"),
+    ):
+        with pytest.raises(InputError, match=told):
+            policy_on(flags)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_instruction_that_does_not_fit_is_refused_with_a_cure_that_works(kind, originals):
+    text = TEXTS[0] * 3
+    with pytest.raises(InputError, match=r"tokens; --model.max_tokens 24 holds fewer") as refusal:
+        policy_on(originals(kind)).tokenize([TEXTS[0], text])
+    cure = int(str(refusal.value).split("raise it to ")[1].split()[0])
+    assert policy_on(originals(kind), max_tokens=cure).tokenize([text])[1].all()
