@@ -71,6 +71,8 @@ def assert_nothing_trained(run):
         ("--optim.lr -1", ["--optim.lr", "-1.0"]),
         ("--optim.lr nan", ["--optim.lr", "nan"]),
         ("--optim.lr inf", ["--optim.lr", "inf"]),
+        ("--optim.muon_lr 0.01 --optim.eight_bit", ["--optim.muon_lr 0.01", "--optim.eight_bit"]),
+        ("--optim.muon_lr 0.01 --optim.lr 0", ["--optim.muon_lr 0.01", "--optim.lr 0.0"]),
         ("--optim.betas 0.9 1.0", ["--optim.betas", "1.0"]),
         ("--optim.betas -0.1 0.9", ["--optim.betas", "-0.1"]),
         ("--optim.warmup_steps -1", ["--optim.warmup_steps", "-1"]),

@@ -7,10 +7,11 @@ import re
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import load_file
 from saving import broken
 from test_guard import spoil
@@ -34,7 +35,8 @@ from training import (
 )
 
 import vla.saver
-from vla import InputError, checkpoint, evaluate, guard
+from vla import InputError, checkpoint, evaluate, fsdp, guard
+from vla.config import OptimConfig, TrainConfig
 from vla.model import VLAPolicy
 
 SECOND = "model-00002-of-00002.safetensors"
@@ -221,6 +223,16 @@ def test_what_does_not_go_with_sharding_is_refused_in_one_line(case, flags, tmp_
 
 
 # ---- The checkpoints of a run.
+
+
+def test_muon_is_refused_where_the_shards_are_kept_on_the_cpu(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    state = SimpleNamespace(fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2, cpu_offload=True))
+    on_gpus = SimpleNamespace(distributed_type=DistributedType.FSDP, mixed_precision="no", state=state)
+    on_gpus.parallelism_config = None
+    fsdp.set_up(on_gpus, TrainConfig())
+    with pytest.raises(InputError, match=r"fsdp_offload_params does not go with .* leave out --optim\.muon_lr"):
+        fsdp.set_up(on_gpus, TrainConfig(optim=OptimConfig(muon_lr=0.01)))
 
 
 @pytest.fixture(scope="module")

@@ -34,9 +34,9 @@ def set_up(accelerator: Accelerator, config: TrainConfig) -> None:
         "fsdp_activation_checkpointing": plugin.activation_checkpointing
         and "take it out of the YAML, and give --model.gradient_checkpointing",
         "parallelism_config": accelerator.parallelism_config and "take it out of the YAML",
-        "--optim.muon_lr": config.optim.muon_lr
-        and isinstance(plugin.cpu_offload, CPUOffloadPolicy)
-        and "leave it out, or set fsdp_offload_params: false in the YAML",
+        "fsdp_offload_params": isinstance(plugin.cpu_offload, CPUOffloadPolicy)
+        and config.optim.muon_lr
+        and "set it to false in the YAML, or leave out --optim.muon_lr, which would compute on the CPU",
         "--optim.eight_bit": config.optim.eight_bit and "leave it out, the processes share the moments",
         f"--model.frozen_dtype {config.model.frozen_dtype}": config.model.frozen_dtype != "float32"
         and "leave it out, the processes share the weights",

@@ -28,7 +28,7 @@ def parameter_groups(policy: VLAPolicy, config: OptimConfig) -> list[dict]:
     rates, groups = dict(config.module_lrs), {}
     for name in rates:
         submodule(policy, name, "optim.module_lrs")
-    suffixes = ["", "/no_decay", "/muon"][: 3 if config.muon_lr else 2]
+    suffixes = ["", "/no_decay", *["/muon"] * bool(config.muon_lr)]
     for path, p in policy.named_parameters():
         if not p.requires_grad:
             continue
