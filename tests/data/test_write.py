@@ -1,9 +1,4 @@
-import errno
-import io
 import json
-import resource
-import shutil
-import tracemalloc
 from itertools import pairwise
 
 import av
@@ -11,129 +6,23 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from written import (
+    ACTION_NAMES,
+    CAMERAS,
+    FILMED,
+    STATE_NAMES,
+    VIDEO,
+    assert_holds,
+    episode,
+    filmed,
+    read_meta,
+    read_video,
+    write,
+    writer,
+)
 
 from vla import InputError, collect
-from vla.data import write as write_module
 from vla.data.lerobot import LeRobotDataset
-from vla.data.stats import statistics
-from vla.data.write import LeRobotWriter
-
-CAMERAS = {"table": (6, 8), "gripper": (6, 8)}
-FILMED = {"table": (32, 64), "gripper": (48, 64)}
-VIDEO = ["av1", "h264"]
-STATE_NAMES, ACTION_NAMES = ["x", "y", "z"], ["dx", "dy"]
-
-
-def episode(seed, length=5, instruction="put the cube on the plate", cameras=CAMERAS):
-    rng = np.random.default_rng(seed)
-    return {
-        "images": {name: rng.integers(0, 256, (length, 3, h, w), dtype=np.uint8) for name, (h, w) in cameras.items()},
-        "state": rng.normal(seed, 1, (length, 3)).astype(np.float32),
-        "actions": rng.normal(0, 1, (length, 2)).astype(np.float32),
-        "instruction": instruction,
-    }
-
-
-def filmed(seed, length=5, instruction="put the cube on the plate", cameras=FILMED):
-    """An episode whose pictures say in black and white squares which camera, episode and frame they are of."""
-    images = {}
-    for camera, (name, (h, w)) in enumerate(cameras.items()):
-        y, x = np.mgrid[:h, :w]
-        images[name] = np.tile(np.stack([2 * x, 2 * y, 255 - x - y]).astype(np.uint8), (length, 1, 1, 1))
-        for frame, image in enumerate(images[name]):
-            for row, number in enumerate((frame, 2 * seed + camera)):
-                for bit in range(8):
-                    image[:, 8 * row : 8 * row + 8, 8 * bit : 8 * bit + 8] = 255 * (number >> bit & 1)
-    return episode(seed, length, instruction) | {"images": images}
-
-
-def said(image):
-    """(frame, 2 * seed + camera) that a picture of `filmed` says."""
-    rows = image[:, :16, :64].reshape(3, 2, 8, 8, 8).mean(axis=(0, 2, 4)) > 128
-    return tuple(int(row @ 2 ** np.arange(8)) for row in rows)
-
-
-def writer(root, cameras=CAMERAS, fps=10, **options):
-    names = {"state_names": STATE_NAMES, "action_names": ACTION_NAMES}
-    return LeRobotWriter(root, fps=fps, cameras=cameras, robot_type="tabletop", **names, **options)
-
-
-def write(root, episodes, **options):
-    with writer(root, **options) as out:
-        for one in episodes:
-            out.add_episode(**one)
-
-
-def read_meta(root):
-    """info.json, stats.json and the rows of the episodes table."""
-    info, stats = (json.loads((root / f"meta/{name}.json").read_text()) for name in ("info", "stats"))
-    return info, stats, pq.read_table(root / "meta/episodes/chunk-000/file-000.parquet").to_pylist()
-
-
-def read_video(root, camera):
-    """Of each episode: its pictures, uint8 [L, 3, h, w], and which of them are key frames, all found by their times."""
-    info, _, rows = read_meta(root)
-    key, files, episodes = f"observation.images.{camera}", {}, []
-    for row in rows:
-        place = {name: row[f"videos/{key}/{name}"] for name in ("chunk_index", "file_index")}
-        path = root / info["video_path"].format(video_key=key, **place)
-        if path not in files:
-            with av.open(path) as container:
-                assert container.streams.video[0].average_rate == info["fps"]
-                files[path] = {frame.pts * frame.time_base: frame for frame in container.decode(video=0)}
-        times = np.array([float(time) for time in files[path]])
-        wanted = row[f"videos/{key}/from_timestamp"] + np.arange(row["length"]) / info["fps"]
-        found = np.abs(times - wanted[:, None]).argmin(1)
-        np.testing.assert_allclose(times[found], wanted, rtol=0, atol=1e-9)
-        frames = [list(files[path].values())[index] for index in found]
-        pictures = np.stack([frame.to_ndarray(format="rgb24").transpose(2, 0, 1) for frame in frames])
-        episodes.append((pictures, [frame.key_frame for frame in frames]))
-    return episodes
-
-
-def assert_holds(root, episodes, codec="png"):
-    """All files of the data set agree that it has these episodes, whole, and no other."""
-    info, stats, rows = read_meta(root)
-    lengths = [len(one["state"]) for one in episodes]
-    tasks = list(dict.fromkeys(one["instruction"] for one in episodes))
-    assert [info[f"total_{what}"] for what in ("episodes", "frames", "tasks")] == [len(rows), sum(lengths), len(tasks)]
-    assert info["splits"] == {"train": f"0:{len(episodes)}"}
-    assert pq.read_table(root / "meta/tasks.parquet").to_pydict() == {
-        "task_index": list(range(len(tasks))),
-        "task": tasks,
-    }
-    assert [row["tasks"] for row in rows] == [[one["instruction"]] for one in episodes]
-    assert [row["length"] for row in rows] == lengths
-    assert [row["dataset_to_index"] for row in rows] == np.cumsum(lengths).tolist()
-    data = {}
-    for path in sorted(root.glob("data/*/*")):
-        parquet = pq.ParquetFile(path)
-        place = int(path.parent.name[-3:]), int(path.stem[-3:])
-        data[place] = [parquet.read_row_group(group).to_pydict() for group in range(parquet.num_row_groups)]
-    assert sum(map(len, data.values())) == len(episodes)
-    for number, (one, row) in enumerate(zip(episodes, rows, strict=True)):
-        group = data[row["data/chunk_index"], row["data/file_index"]].pop(0)
-        assert set(group["episode_index"]) == {row["episode_index"]} == {number}
-        assert set(group["task_index"]) == {tasks.index(one["instruction"])}
-        assert group["index"] == list(range(row["dataset_from_index"], row["dataset_to_index"]))
-        np.testing.assert_array_equal(np.float32(group["observation.state"]), one["state"])
-        np.testing.assert_array_equal(np.float32(group["action"]), one["actions"])
-        if codec == "png":
-            for name, images in one["images"].items():
-                pngs = [png["bytes"] for png in group[f"observation.images.{name}"]]
-                pictures = np.stack([np.asarray(Image.open(io.BytesIO(png))) for png in pngs]).transpose(0, 3, 1, 2)
-                np.testing.assert_array_equal(pictures, images)
-    if codec != "png":
-        for name in episodes[0]["images"]:
-            for one, (pictures, _) in zip(episodes, read_video(root, name), strict=True):
-                assert [said(picture) for picture in pictures] == [said(image) for image in one["images"][name]]
-    for key, name in {"observation.state": "state", "action": "actions"}.items():
-        for statistic, values in statistics(np.concatenate([one[name] for one in episodes])).items():
-            assert stats[key][statistic] == values.tolist()
-    counts = [stats[key]["count"] for key in info["features"] if key.startswith("observation.images")]
-    assert counts == [[sum(-(-length // 10) for length in lengths)]] * len(episodes[0]["images"])
-    assert not (root / "spill").exists()
 
 
 @pytest.mark.parametrize(("chunks_size", "data_files_size_in_mb", "files"), [(1000, 100, 1), (2, 0, 5), (1, 0.005, 2)])
@@ -408,145 +297,6 @@ def test_odd_sizes_are_kept_by_av1_and_refused_for_h264(tmp_path):
             writer(tmp_path / "other", cameras={"table": size}, codec="h264")
     with pytest.raises(InputError, match=r"codec is 'mp4', expected one of \['png', 'av1', 'h264'\]"):
         writer(tmp_path / "other", codec="mp4")
-
-
-def test_exception_leaves_finished_episodes_readable_beside_the_root(tmp_path):
-    def failing_collection():
-        with writer(tmp_path / "set", data_files_size_in_mb=0.008) as out:
-            for seed in range(4):
-                out.add_episode(**episode(seed))
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        failing_collection()
-    assert not (tmp_path / "set").exists()
-    assert_holds(tmp_path / ".set.partial", [episode(seed) for seed in range(4)])
-
-    write(tmp_path / "set", [episode(7)])
-    assert not (tmp_path / ".set.partial").exists()
-    assert_holds(tmp_path / "set", [episode(7)])
-
-
-# Of the fourth episode: which call to what fails, whether it has done its work, and the episodes that are then whole.
-FAILURES = {
-    "its last PNG": ("png", Image.Image, "save", 10, False, 3),
-    "the encoding of its second video": ("av1", av, "open", 2, False, 3),
-    "the copy of its second video": ("h264", av, "open", 4, False, 3),
-    "its row group": ("h264", pq.ParquetWriter, "write_table", 1, False, 3),
-    "its row group of PNGs": ("png", pq.ParquetWriter, "write_table", 1, False, 3),
-    "an interrupt after its row group": ("h264", pq.ParquetWriter, "write_table", 1, True, 4),
-    "an interrupt after a file is closed": ("png", pq.ParquetWriter, "close", 1, True, 4),
-}
-
-
-@pytest.mark.parametrize("failure", FAILURES)
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(errno.ENOSPC, "No space left on device")])
-def test_episode_that_fails_half_way_is_not_in_the_data_set(tmp_path, monkeypatch, failure, error):
-    codec, owner, name, number, done, whole = FAILURES[failure]
-    original, calls = getattr(owner, name), []
-    episodes = [filmed(seed, 5, f"task {seed}") for seed in range(4)]
-
-    def fails(*args, **options):
-        calls.append(name)
-        result = original(*args, **options) if done or len(calls) != number else None
-        if len(calls) == number:
-            raise error
-        return result
-
-    def failing_collection():
-        with writer(tmp_path / "set", FILMED, codec=codec, data_files_size_in_mb=0.004) as out:
-            for one in episodes[:3]:
-                out.add_episode(**one)
-            monkeypatch.setattr(owner, name, fails)
-            out.add_episode(**episodes[3])
-
-    with pytest.raises(type(error) if isinstance(error, OSError) else error):
-        failing_collection()
-    assert not (tmp_path / "set").exists()
-    assert_holds(tmp_path / ".set.partial", episodes[:whole], codec)
-
-
-@pytest.mark.parametrize("codec", ["png", "h264"])
-def test_exception_in_the_first_episode_leaves_nothing(tmp_path, monkeypatch, codec):
-    def fails(*_, **__):
-        raise MemoryError
-
-    monkeypatch.setattr(pq.ParquetWriter, "write_table", fails)
-    with pytest.raises(MemoryError):
-        write(tmp_path / "set", [filmed(0)], cameras=FILMED, codec=codec)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_row_group_that_was_cut_off_costs_the_episodes_of_its_file_and_no_others(tmp_path):
-    sizes = {"table": (64, 64)}
-    episodes = [episode(seed, 5, cameras=sizes) for seed in range(4)]
-
-    def failing_collection():
-        with writer(tmp_path / "set", sizes, data_files_size_in_mb=0.1) as out:
-            for one in episodes[:3]:
-                out.add_episode(**one)
-            limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-            size = (tmp_path / ".set.partial/data/chunk-000/file-001.parquet").stat().st_size
-            resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20_000, limits[1]))
-            try:
-                out.add_episode(**episodes[3])
-            finally:
-                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-    with pytest.raises(OSError, match="File too large"):
-        failing_collection()
-    assert_holds(tmp_path / ".set.partial", episodes[:2])
-
-
-def test_no_episode_follows_one_that_was_written_in_part(tmp_path, monkeypatch):
-    original = pq.ParquetWriter.write_table
-
-    def fails(*_, **__):
-        monkeypatch.setattr(pq.ParquetWriter, "write_table", original)
-        raise OSError
-
-    with writer(tmp_path / "set") as out:
-        out.add_episode(**episode(0))
-        monkeypatch.setattr(pq.ParquetWriter, "write_table", fails)
-        with pytest.raises(OSError):
-            out.add_episode(**episode(1))
-        with pytest.raises(InputError, match=r"episode 1 was written in part .* write .*set again"):
-            out.add_episode(**episode(2))
-    assert_holds(tmp_path / "set", [episode(0)])
-
-
-def test_full_disk_is_refused_before_anything_is_written(tmp_path, monkeypatch):
-    free = shutil.disk_usage(tmp_path)._replace(free=80_000_000)
-    with writer(tmp_path / "set") as out:
-        out.add_episode(**episode(0, instruction="open"))
-        with monkeypatch.context() as full:
-            full.setattr(shutil, "disk_usage", lambda _: free)
-            with pytest.raises(
-                InputError, match=r"episode 1: the disk of .* has 80 MB left, expected 105 MB: free some"
-            ):
-                out.add_episode(**episode(1, instruction="close"))
-        out.add_episode(**episode(2, instruction="push"))
-    assert_holds(tmp_path / "set", [episode(0, instruction="open"), episode(2, instruction="push")])
-
-
-def test_episodes_table_has_more_rows_than_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(write_module, "ROWS_IN_MEMORY", 2)
-    episodes = [episode(seed, 1 + seed, f"task {seed}") for seed in range(5)]
-    write(tmp_path / "set", episodes)
-    assert_holds(tmp_path / "set", episodes)
-    assert pq.read_metadata(tmp_path / "set/meta/episodes/chunk-000/file-000.parquet").num_row_groups == 3
-
-
-@pytest.mark.parametrize("codec", ["png", "h264"])
-def test_memory_does_not_grow_with_the_number_of_episodes(tmp_path, codec):
-    used = []
-    tracemalloc.start()
-    with writer(tmp_path / "set", {"table": (16, 16)}, codec=codec, data_files_size_in_mb=0.1) as out:
-        for seed in range(120):
-            out.add_episode(**episode(seed, 10, cameras={"table": (16, 16)}))
-            used.append(tracemalloc.get_traced_memory()[0] + pa.total_allocated_bytes())
-    tracemalloc.stop()
-    assert max(used[90:]) - max(used[:30]) < 200_000  # of 60 episodes of 8,000 bytes each
 
 
 def test_collect_stores_images_as_it_is_told(tmp_path):
