@@ -127,7 +127,10 @@ def torchs(weights, **rates):
     return optimizer
 
 
-def test_muon_is_that_of_torch_with_convolutions_as_matrices():
+@pytest.mark.parametrize("together", [2**27, 30])
+def test_muon_is_that_of_torch_with_convolutions_as_matrices(monkeypatch, together):
+    """However many weights it moves at once."""
+    monkeypatch.setattr(Muon, "TOGETHER", together)
     rates = {"lr": 0.1, "weight_decay": 0.2}
     for mine, theirs in zip(moved_by(ours, rates)[0], moved_by(torchs, rates)[0], strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=5e-3)  # a step has entries of about 0.04

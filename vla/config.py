@@ -258,6 +258,8 @@ class TrainConfig:
     deterministic: bool = False
     # Compile the policy with torch.compile.
     compile: bool = False
+    # Start forward and backward pass on the GPU by one launch each, as CUDA graphs: a small policy waits for launches.
+    cuda_graphs: bool = False
     # Optimizer steps in all.
     steps: int = 0
     # Passes over the training frames, in place of steps (20 if neither is given).

@@ -37,6 +37,7 @@ def set_up(accelerator: Accelerator, config: TrainConfig) -> None:
         "fsdp_offload_params": isinstance(plugin.cpu_offload, CPUOffloadPolicy)
         and config.optim.muon_lr
         and "set it to false in the YAML, or leave out --optim.muon_lr, which would compute on the CPU",
+        "--cuda_graphs": config.cuda_graphs and "leave it out, as shards are gathered anew in every step",
         "--optim.eight_bit": config.optim.eight_bit and "leave it out, the processes share the moments",
         f"--model.frozen_dtype {config.model.frozen_dtype}": config.model.frozen_dtype != "float32"
         and "leave it out, the processes share the weights",

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import AutocastKwargs
 from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
 
 from vla import InputError, fsdp
 from vla.config import TrainConfig
 from vla.model import VLAPolicy
+from vla.model.graph import capture_learning
 from vla.optim import EMA, make_optimizer, parameter_groups
 
 
@@ -33,6 +35,8 @@ def accelerate(config: TrainConfig, accumulation: int, world_size: int) -> Accel
             f"{world_size} processes were launched, but each would train alone on {accelerator.device.type}: "
             "the YAML is for GPUs that are not here; take another, or set ACCELERATE_USE_CPU=true"
         )
+    if config.cuda_graphs and accelerator.device.type != "cuda":
+        raise InputError(f"--cuda_graphs needs a GPU, and this trains on the {accelerator.device.type}; leave it out")
     fsdp.set_up(accelerator, config)
     return accelerator
 
@@ -54,11 +58,24 @@ class Learner:
         policy.freeze_at(0)
         if not any(p.requires_grad for p in policy.parameters()):
             raise InputError("--model.freeze leaves nothing to train until --model.unfreeze; leave a part out")
+        if config.cuda_graphs:
+            self._capture()
         self.model, self.optimizer = accelerator.prepare(policy, optimizer)
         register_fsdp_forward_method(policy, "predict_chunk")  # which needs the weights as forward does
         trained = {p for group in self.optimizer.param_groups for p in group["params"]}
         self.trained = [p for p in policy.parameters() if p in trained]
         self.ema = EMA(policy, config.optim.ema) if config.optim.ema else None
+
+    def _capture(self) -> None:
+        """Make CUDA graphs of the policy's passes, in the precision that it trains in."""
+        device, exact = self.accelerator.device, AutocastKwargs(cache_enabled=False)  # a cache would outlive the graph
+        self.policy.to(device)
+        with torch.random.fork_rng([device]), self.accelerator.autocast(exact):
+            summed = self.accelerator.gradient_accumulation_steps > 1
+            capture_learning(self.policy, self._example(), summed)
+
+    def _example(self) -> dict[str, Tensor]:
+        return {name: value.to(self.accelerator.device) for name, value in self.example().items()}
 
     def train_from(self, step: int) -> None:
         """Train what is to be trained from this step on. Every process calls this."""
@@ -83,8 +100,7 @@ class Learner:
             return
         device = self.accelerator.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            batch = {name: value.to(device) for name, value in self.example().items()}
-            self.accelerator.backward(self.model(batch)["loss"])
+            self.accelerator.backward(self.model(self._example())["loss"])
             self.optimizer.zero_grad()
 
     def close(self) -> None:

@@ -1,5 +1,6 @@
 """What moves the weights: parameter groups, the learning rate as a function of the step, the average of the weights."""
 
+import itertools
 import math
 from contextlib import contextmanager
 
@@ -76,10 +77,12 @@ class Muon(torch.optim.AdamW):
     A weight [rows, columns] moves along its Nesterov momentum, orthogonalized: by all directions alike, however small
     their gradients. The step is lr * sqrt(max(1, rows / columns)) long in each. A convolution is a matrix of all that a
     pixel sees, [out, in * height * width]. torch.optim.Muon does the same for matrices that lie on one device, one by
-    one; here those of one shape move together, be they sharded or not, and none moves where found_inf is set.
+    one; here all move together, be they sharded or not, those of one shape are orthogonalized together, and none moves
+    where found_inf is set.
     """
 
     MOMENTUM, STEPS, COEFFICIENTS = 0.95, 5, (3.4445, -4.7750, 2.0315)
+    TOGETHER = 2**27  # numbers; a step needs four times as many beside weights, gradients and momenta
 
     def __setstate__(self, state):  # AdamW's looks for its moments in every group, to mend those of old versions
         torch.optim.Optimizer.__setstate__(self, state)
@@ -92,45 +95,72 @@ class Muon(torch.optim.AdamW):
             loss = super().step(closure)
         finally:
             self.param_groups = groups
-        for group in groups:
-            alike: dict[torch.Size, list[nn.Parameter]] = {}
-            for p in group["params"] if group["muon"] else ():
-                if p.grad is not None:
-                    alike.setdefault(p.shape, []).append(p)
-            for parameters in alike.values():
-                self._move(parameters, group["lr"], group["weight_decay"])
+        group_of = {p: group for group in groups if group["muon"] for p in group["params"] if p.grad is not None}
+        together = []
+        for p in sorted(group_of, key=lambda p: p.shape):
+            if sum(q.numel() for q in together) + p.numel() > self.TOGETHER:
+                self._move(together, group_of)
+                together = []
+            together.append(p)
+        self._move(together, group_of)
         return loss
 
-    def _move(self, parameters: list[nn.Parameter], lr: float, decay: float) -> None:
-        """One step of n parameters of one shape."""
+    def _move(self, parameters: list[nn.Parameter], group_of: dict[nn.Parameter, dict]) -> None:
+        """One step of these parameters, of which those of one shape follow each other.
+
+        In few launches, for which a small policy's step would wait: all that this process holds of them lies in one
+        vector.
+        """
+        if not parameters:
+            return
         for p in parameters:
             self.state[p] = self.state[p] or before_first_step(p, muon=True)
         weights, moments = [local(p) for p in parameters], [local(self.state[p]["momentum"]) for p in parameters]
-        gradient, momentum = torch.stack([local(p.grad) for p in parameters]), torch.stack(moments)
+
+        def pieces(vector: Tensor) -> list[Tensor]:
+            return [
+                part.view_as(w) for part, w in zip(vector.split([w.numel() for w in weights]), weights, strict=True)
+            ]
+
+        gradient, momentum = (
+            torch.cat([x.flatten() for x in tensors]) for tensors in ([local(p.grad) for p in parameters], moments)
+        )
         live = 1.0
         if (bad := getattr(self, "found_inf", None)) is not None:  # where it is 1, everything stays as it is
             gradient, live = gradient.where(bad == 0, 0), 1 - bad
         momentum.lerp_(gradient, (1 - self.MOMENTUM) * live)
-        torch._foreach_copy_(moments, list(momentum))
-        update = self._orthogonal(gathered(gradient.lerp_(momentum, self.MOMENTUM), parameters[0]).flatten(2))
-        update *= lr * live * math.sqrt(max(1, update.shape[1] / update.shape[2]))
-        update = update.unflatten(2, parameters[0].shape[1:])
-        torch._foreach_mul_(weights, 1 - lr * live * decay)
-        torch._foreach_sub_(weights, list(held(update, parameters[0])))
+        torch._foreach_copy_(moments, pieces(momentum))
+        gradient.lerp_(momentum, self.MOMENTUM)
+        updates, begin = [], 0
+        for shape, alike in itertools.groupby(parameters, key=lambda p: p.shape):
+            n, first = len(list(alike)), parameters[len(updates)]
+            size = n * local(first).numel()
+            rows = gradient[begin : begin + size].view(n, *local(first).shape)
+            directions = self._orthogonal(gathered(rows, first).flatten(2))
+            updates += held(directions.unflatten(2, shape[1:]), first)
+            begin += size
+        scales = [math.sqrt(max(1, len(p) ** 2 / p.numel())) for p in parameters]
+        update = torch.cat([u.flatten() for u in updates]).float()
+        updates = pieces(update)
+        torch._foreach_mul_(updates, scales)
+        torch._foreach_add_(updates, torch._foreach_mul(weights, [group_of[p]["weight_decay"] for p in parameters]))
+        torch._foreach_mul_(updates, [group_of[p]["lr"] for p in parameters])
+        update *= live
+        torch._foreach_sub_(weights, updates)
 
     def _orthogonal(self, matrices: Tensor) -> Tensor:
         """The matrices with all their singular values brought near 1, by Newton-Schulz iterations in bfloat16.
 
-        float32 [n, rows, columns] -> the same.
+        float32 [n, rows, columns] -> bfloat16 of that shape.
         """
         wide = matrices.shape[1] <= matrices.shape[2]
-        x = matrices if wide else matrices.mT
-        x = (x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).bfloat16()
+        x = (matrices if wide else matrices.mT).bfloat16()
+        x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
         a, b, c = self.COEFFICIENTS
         for _ in range(self.STEPS):
             gram = x @ x.mT
             x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-        return (x if wide else x.mT).float()
+        return x if wide else x.mT.contiguous()
 
 
 def before_first_step(p: Tensor, muon: bool) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ MAY_CHANGE = (
     "resume_from",
     "deterministic",
     "compile",
+    "cuda_graphs",
     "steps",
     "epochs",
     "micro_batch_size",
@@ -223,6 +224,9 @@ def validate(config: TrainConfig) -> None:
     if optim.muon_lr and (optim.eight_bit or not optim.lr):
         found = "--optim.eight_bit" if optim.eight_bit else f"--optim.lr {optim.lr}, which AdamW needs beside it"
         raise InputError(f"--optim.muon_lr {optim.muon_lr} does not go with {found}; drop one")
+    if config.cuda_graphs and (model.gradient_checkpointing or model.unfreeze):
+        found = "--model.gradient_checkpointing" if model.gradient_checkpointing else "--model.unfreeze"
+        raise InputError(f"--cuda_graphs repeats the same launches in every step, which {found} rules out; drop one")
     bounds = {
         "seed": (0, 2**32 - 1),
         "global_batch_size": (1, None),

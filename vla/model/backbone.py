@@ -177,7 +177,7 @@ class LanguageModel(nn.Module):
         x = torch.cat([image_tokens, text], dim=1)  # [B, S, D]
         images = image_tokens.shape[1]
         text_mask = token_mask[:, ::PATCH]  # a patch counts if its first byte is text
-        image_mask = image_mask.repeat_interleave(images // image_mask.shape[1], dim=1)  # [B, I]
+        image_mask = image_mask[:, :, None].expand(-1, -1, images // image_mask.shape[1]).flatten(1)  # [B, I]
         mask = torch.cat([image_mask, text_mask], dim=1)  # [B, S]
         hidden = self._transform(x, mask[:, None, None, :], self.hidden_layer or len(self.blocks))
         return hidden, mask, self._loss(x, mask, images, tokens, token_mask) if lm else None

@@ -1,13 +1,13 @@
-"""A computation on a GPU as one launch."""
+"""Computations on a GPU as one launch each (Nguyen et al., "Accelerating PyTorch with CUDA graphs", 2021)."""
 
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Graph:
-    """A CUDA graph (Nguyen et al., "Accelerating PyTorch with CUDA graphs", 2021) of a function of one batch.
+    """A CUDA graph of a function of one batch.
 
     batch: an example; later batches need its shapes, dtypes and device. The function must neither wait for the device
     nor depend on values; memory that it reads besides, such as weights, must stay where it is.
@@ -34,3 +34,23 @@ class Graph:
             value.copy_(batch[name], non_blocking=True)
         self.graph.replay()
         return self.output.clone()
+
+
+def capture_learning(policy: nn.Module, batch: dict[str, Tensor], summed: bool) -> None:
+    """From now on compute the policy's forward and backward pass as one launch each, in training mode.
+
+    batch: an example; later batches need its shapes, dtypes and device, and what is trained must stay the same.
+    summed: the gradients of several backward passes are to be added up.
+    """
+    names = list(batch)
+    replay = torch.cuda.make_graphed_callables(policy, (batch,)).forward  # of the policy's own while it evaluates
+
+    def forward(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        output = replay({name: batch[name] for name in names})
+        values = {name: value.detach().clone() for name, value in output.items()}  # the next replay overwrites them
+        return values | {"loss": output["loss"].clone()}
+
+    policy.forward = forward
+    for p in policy.parameters():
+        if summed and p.requires_grad:  # the sum would else begin where the next pass writes its gradients
+            p.register_hook(torch.clone)

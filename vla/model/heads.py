@@ -57,33 +57,31 @@ class RegressionHead(nn.Module):
 
     def __init__(self, config: ModelConfig, context_width: int, state_dim: int, action_dim: int):
         super().__init__()
-        self.weights, self.gripper_dims = config.loss, list(config.gripper_dims)
-        self.smooth_dims = [d for d in range(action_dim) if d not in config.gripper_dims]
+        self.weights, self.smooth = config.loss, len(set(config.gripper_dims)) < action_dim
+        gripper = torch.tensor([dim in config.gripper_dims for dim in range(action_dim)])  # [A]
+        self.register_buffer("gripper", gripper, persistent=False)
+        self.classifies = len(config.gripper_dims) > 0
         self.decoder = Decoder(config, context_width, state_dim, action_dim)
 
     def loss(self, hidden, mask, state, actions: Tensor, valid: Tensor, key: Tensor, scale: Scale) -> dict[str, Tensor]:
         """actions: normalized [B, H, A], valid: bool [B, H, A] -> each term per sample [B]."""
         out, terms = self.decoder(hidden, mask, state), {}
-        if self.smooth_dims:
-            error, counted = out[..., self.smooth_dims] - actions[..., self.smooth_dims], valid[..., self.smooth_dims]
+        if self.smooth:
+            error, counted = out - actions, valid & ~self.gripper
             if self.weights.l1:
                 terms["l1"] = sample_mean(error.abs(), counted)
             if self.weights.mse:
                 terms["mse"] = sample_mean(error.square(), counted)
-        if self.gripper_dims:
-            high = (scale.inverse(actions) > (scale.low + scale.high) / 2)[..., self.gripper_dims].float()
-            error = F.binary_cross_entropy_with_logits(out[..., self.gripper_dims], high, reduction="none")
-            terms["bce"] = sample_mean(error, valid[..., self.gripper_dims])
+        if self.classifies:
+            high = (scale.inverse(actions) > (scale.low + scale.high) / 2).float()
+            error = F.binary_cross_entropy_with_logits(out, high, reduction="none")
+            terms["bce"] = sample_mean(error, valid & self.gripper)
         return terms
 
     def sample(self, hidden, mask, state, key: Tensor, scale: Scale) -> Tensor:
         """-> actions in the robot's units [B, H, A]."""
         out = self.decoder(hidden, mask, state)
-        actions = scale.inverse(out)
-        if self.gripper_dims:
-            binary = torch.where(out > 0, scale.high, scale.low)
-            actions[..., self.gripper_dims] = binary[..., self.gripper_dims]
-        return actions
+        return torch.where(self.gripper, torch.where(out > 0, scale.high, scale.low), scale.inverse(out))
 
 
 class FlowHead(nn.Module):
