@@ -1,6 +1,7 @@
 # make demo    the whole job on this machine: collect, train, export, act (about 4 minutes on 2 cores)
 # make test    all tests        make lint    ruff        make setup    the environment        make clean    remove what these made
 # make test-sim    install Meta-World (requirements-sim.txt), and run the tests of environments
+# make test-gpu    what only a GPU can show
 # make chaos   kill a whole training job KILLS times, resume it, compare with one that was not stopped (100: half an hour)
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ DEMO_POLICY := --model.width 64 --model.attention_heads 4 --model.mlp_ratio 2 --
 DEMO_OPTIM := --global_batch_size 32 --optim.lr 1.5e-3 --optim.muon_lr 0.01 --optim.warmup_steps 100 --optim.weight_decay 1e-4 --optim.ema 0.995
 DEMO_HEAD := --model.head regression --model.gripper_dims 2 --model.loss.mse 0.9 --model.loss.l1 0.1
 
-.PHONY: setup demo test test-sim chaos lint clean
+.PHONY: setup demo test test-sim test-gpu chaos lint clean
 
 setup: .venv/ready .venv/ready-dev
 
@@ -42,6 +43,9 @@ test: setup
 test-sim: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-sim.txt
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/sim
+
+test-gpu: setup
+	TEST_GPU=1 $(BIN)/python -m pytest tests/model/test_gpu.py
 
 chaos: setup
 	OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= $(BIN)/python tests/chaos.py --kills $(KILLS)

@@ -225,7 +225,8 @@ def test_what_does_not_go_with_sharding_is_refused_in_one_line(case, flags, tmp_
 # ---- The checkpoints of a run.
 
 
-def test_muon_is_refused_where_the_shards_are_kept_on_the_cpu(monkeypatch):
+def test_what_does_not_go_with_shards_is_refused(monkeypatch):
+    """Muon only where they are kept on the CPU."""
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     state = SimpleNamespace(fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2, cpu_offload=True))
     on_gpus = SimpleNamespace(distributed_type=DistributedType.FSDP, mixed_precision="no", state=state)
@@ -233,6 +234,8 @@ def test_muon_is_refused_where_the_shards_are_kept_on_the_cpu(monkeypatch):
     fsdp.set_up(on_gpus, TrainConfig())
     with pytest.raises(InputError, match=r"fsdp_offload_params does not go with .* leave out --optim\.muon_lr"):
         fsdp.set_up(on_gpus, TrainConfig(optim=OptimConfig(muon_lr=0.01)))
+    with pytest.raises(InputError, match=r"--cuda_graphs does not go with .* leave it out"):
+        fsdp.set_up(on_gpus, TrainConfig(cuda_graphs=True))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,74 @@
+"""What only a GPU can show: `make test-gpu` on a machine that has one.
+
+All of it happens in child processes, as a process that has used a GPU cannot be forked.
+"""
+
+import os
+import signal
+
+import pytest
+import torch
+from backbones import batch_of, policy_on
+from robots import HEADS
+from training import assert_equal, at_step, die_at, in_children, series, train
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; see make test-gpu")
+
+LONGER = ("--log.every", 20, "--eval.every", 0, "--checkpoint.every", 20, "--steps", 20)
+
+
+@pytest.mark.parametrize("kind", ["", "smolvlm", "paligemma", "siglip"])
+@pytest.mark.parametrize("head", HEADS)
+def test_captured_policy_equals_eager_one_for_every_batch(kind, head, originals):
+    flags = originals(kind) if kind else {}
+
+    def compare(found: dict) -> None:
+        eager, captured = (policy_on(flags, max_tokens=36, **HEADS[head]).cuda().eval() for _ in range(2))
+        captured.capture(2, torch.float32)
+        for turn in range(3):
+            batch = {name: value.cuda().roll(turn, dims=0) for name, value in batch_of(eager).items()}
+            batch["key"] += turn
+            torch.testing.assert_close(captured.predict_chunk(batch), eager.predict_chunk(batch), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(captured.predict_chunk(batch), captured.predict_chunk(batch), rtol=0, atol=0)
+        one = {name: value[:1] for name, value in batch.items()}  # another size: as it was before
+        torch.testing.assert_close(captured.predict_chunk(one), eager.predict_chunk(one), rtol=1e-4, atol=1e-4)
+
+    in_children(compare)[0].ok()
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("own", [(), ("--optim.muon_lr", 0.01, "--compile", "--cuda_graphs")], ids=["plain", "graphs"])
+def test_steps_do_not_wait_for_the_gpu(head, own, flags, tmp_path):
+    """But for log lines, evaluations and saves, of which there are none here."""
+
+    def hook(found: dict) -> None:
+        at_step(5, lambda: torch.cuda.set_sync_debug_mode("error"))(found)
+        at_step(15, lambda: torch.cuda.set_sync_debug_mode("default"))(found)
+
+    own = (*own, "--data.augment.brightness", 0.1, "--data.augment.shift", 0.05, "--data.workers", 1)
+    (child,) = train(*flags, "--model.head", head, *own, *LONGER, "--run_dir", tmp_path / "run", before=hook)
+    child.ok()
+
+
+@pytest.mark.parametrize("micro", [12, 4])
+def test_training_by_graphs_is_the_training_without(micro, flags, uninterrupted):
+    own = ("--micro_batch_size", micro, "--data.augment.brightness", 0.1)
+    graphs, eager = (uninterrupted(*own, *more) for more in (("--cuda_graphs",), ()))
+    for name in ("train/loss", "train/grad_norm", "eval/loss"):
+        assert series(graphs, name) == pytest.approx(series(eager, name), rel=2e-3), name
+
+
+@pytest.mark.parametrize("own", [(), ("--compile", "--micro_batch_size", 4)], ids=["plain", "compiled"])
+def test_run_by_graphs_is_resumed_bit_for_bit(own, flags, uninterrupted, tmp_path):
+    own = (*own, "--cuda_graphs", "--deterministic")
+    (killed,) = train(*flags, *own, "--run_dir", tmp_path / "run", before=die_at(7))
+    assert killed.code == -signal.SIGKILL
+    train("--resume_from", tmp_path / "run")[0].ok()
+    assert_equal(tmp_path / "run", uninterrupted(*own))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_processes_by_graphs_are_the_training_of_one(flags, uninterrupted):
+    env = {"ACCELERATE_USE_CPU": "false", "OMP_NUM_THREADS": os.environ["OMP_NUM_THREADS"]}
+    two, one = uninterrupted("--cuda_graphs", processes=2, env=env), uninterrupted("--cuda_graphs")
+    assert series(two, "train/loss") == pytest.approx(series(one, "train/loss"), rel=2e-3)
