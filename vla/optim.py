@@ -82,7 +82,7 @@ class Muon(torch.optim.AdamW):
     """
 
     MOMENTUM, STEPS, COEFFICIENTS = 0.95, 5, (3.4445, -4.7750, 2.0315)
-    TOGETHER = 2**27  # numbers; a step needs four times as many beside weights, gradients and momenta
+    TOGETHER = 2**27  # numbers that are moved at once: a step needs up to 20 bytes for each, for as long as it takes
 
     def __setstate__(self, state):  # AdamW's looks for its moments in every group, to mend those of old versions
         torch.optim.Optimizer.__setstate__(self, state)
@@ -96,13 +96,15 @@ class Muon(torch.optim.AdamW):
         finally:
             self.param_groups = groups
         group_of = {p: group for group in groups if group["muon"] for p in group["params"] if p.grad is not None}
-        together = []
+        together, numbers = [], 0
         for p in sorted(group_of, key=lambda p: p.shape):
-            if sum(q.numel() for q in together) + p.numel() > self.TOGETHER:
+            if together and numbers + p.numel() > self.TOGETHER:
                 self._move(together, group_of)
-                together = []
+                together, numbers = [], 0
             together.append(p)
-        self._move(together, group_of)
+            numbers += p.numel()
+        if together:
+            self._move(together, group_of)
         return loss
 
     def _move(self, parameters: list[nn.Parameter], group_of: dict[nn.Parameter, dict]) -> None:
@@ -111,20 +113,16 @@ class Muon(torch.optim.AdamW):
         In few launches, for which a small policy's step would wait: all that this process holds of them lies in one
         vector.
         """
-        if not parameters:
-            return
         for p in parameters:
             self.state[p] = self.state[p] or before_first_step(p, muon=True)
         weights, moments = [local(p) for p in parameters], [local(self.state[p]["momentum"]) for p in parameters]
+        sizes = [w.numel() for w in weights]
 
         def pieces(vector: Tensor) -> list[Tensor]:
-            return [
-                part.view_as(w) for part, w in zip(vector.split([w.numel() for w in weights]), weights, strict=True)
-            ]
+            return [part.view_as(w) for part, w in zip(vector.split(sizes), weights, strict=True)]
 
-        gradient, momentum = (
-            torch.cat([x.flatten() for x in tensors]) for tensors in ([local(p.grad) for p in parameters], moments)
-        )
+        gradient = torch.cat([local(p.grad).flatten() for p in parameters])
+        momentum = torch.cat([moment.flatten() for moment in moments])
         live = 1.0
         if (bad := getattr(self, "found_inf", None)) is not None:  # where it is 1, everything stays as it is
             gradient, live = gradient.where(bad == 0, 0), 1 - bad
@@ -134,15 +132,14 @@ class Muon(torch.optim.AdamW):
         updates, begin = [], 0
         for shape, alike in itertools.groupby(parameters, key=lambda p: p.shape):
             n, first = len(list(alike)), parameters[len(updates)]
-            size = n * local(first).numel()
+            size = n * sizes[len(updates)]
             rows = gradient[begin : begin + size].view(n, *local(first).shape)
             directions = self._orthogonal(gathered(rows, first).flatten(2))
             updates += held(directions.unflatten(2, shape[1:]), first)
             begin += size
-        scales = [math.sqrt(max(1, len(p) ** 2 / p.numel())) for p in parameters]
         update = torch.cat([u.flatten() for u in updates]).float()
         updates = pieces(update)
-        torch._foreach_mul_(updates, scales)
+        torch._foreach_mul_(updates, [math.sqrt(max(1, len(p) ** 2 / p.numel())) for p in parameters])
         torch._foreach_add_(updates, torch._foreach_mul(weights, [group_of[p]["weight_decay"] for p in parameters]))
         torch._foreach_mul_(updates, [group_of[p]["lr"] for p in parameters])
         update *= live

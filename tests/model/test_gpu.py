@@ -3,7 +3,6 @@
 All of it happens in child processes, as a process that has used a GPU cannot be forked.
 """
 
-import os
 import signal
 
 import pytest
@@ -69,6 +68,6 @@ def test_run_by_graphs_is_resumed_bit_for_bit(own, flags, uninterrupted, tmp_pat
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_processes_by_graphs_are_the_training_of_one(flags, uninterrupted):
-    env = {"ACCELERATE_USE_CPU": "false", "OMP_NUM_THREADS": os.environ["OMP_NUM_THREADS"]}
-    two, one = uninterrupted("--cuda_graphs", processes=2, env=env), uninterrupted("--cuda_graphs")
+    on_gpus = {"ACCELERATE_USE_CPU": "false"}
+    two, one = uninterrupted("--cuda_graphs", processes=2, env=on_gpus), uninterrupted("--cuda_graphs")
     assert series(two, "train/loss") == pytest.approx(series(one, "train/loss"), rel=2e-3)

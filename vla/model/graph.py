@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from vla import InputError
+
 
 class Graph:
     """A CUDA graph of a function of one batch.
@@ -40,10 +42,15 @@ def capture_learning(policy: nn.Module, batch: dict[str, Tensor], summed: bool) 
     """From now on compute the policy's forward and backward pass as one launch each, in training mode.
 
     batch: an example; later batches need its shapes, dtypes and device, and what is trained must stay the same.
-    summed: the gradients of several backward passes are to be added up.
+    summed: the gradients of several backward passes are to be added up. Raises InputError for a policy whose passes
+    are not the same launches every time.
     """
     names = list(batch)
-    replay = torch.cuda.make_graphed_callables(policy, (batch,)).forward  # of the policy's own while it evaluates
+    try:
+        replay = torch.cuda.make_graphed_callables(policy, (batch,)).forward  # the policy's own while it evaluates
+    except RuntimeError as failure:
+        why = str(failure).splitlines()[0]
+        raise InputError(f"--cuda_graphs: this policy's passes cannot be captured ({why}); leave it out") from failure
 
     def forward(batch: dict[str, Tensor]) -> dict[str, Tensor]:
         output = replay({name: batch[name] for name in names})
