@@ -1,4 +1,4 @@
-# make demo    the whole job on this machine: collect, train, export, act (about 4 minutes on 2 cores)
+# make demo    the whole job on this machine: collect, train, export, act (about 5 minutes on 2 cores)
 # make test    all tests        make lint    ruff        make setup    the environment        make clean    remove what these made
 # make test-sim    install Meta-World (requirements-sim.txt), and run the tests of environments
 # make test-gpu    what only a GPU can show
