@@ -20,9 +20,6 @@ from vla.config import TrainConfig
 
 
 def main(config: TrainConfig) -> None:
-    # On a busy CPU, threads that spin while they wait take the cores from those they wait for: 4 times slower.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-
     # Imports that take seconds come after the flags were read, so that --help and a wrong flag answer at once.
     import torch
     from accelerate.utils import set_seed

@@ -424,6 +424,13 @@ finally:
         assert f"--{name}" in done.stdout.replace("-", "_").replace("__", "--"), name
 
 
+@pytest.mark.parametrize(("before", "after"), [({}, "1000"), ({"GOMP_SPINCOUNT": "5"}, "5")])
+def test_threads_spin_shortly_unless_told_otherwise(before, after, monkeypatch):
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    program = "import sys, vla, os; print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)"
+    assert command(sys.executable, "-c", program, env=before).stdout == f"{after} False\n"
+
+
 # ---- The other commands.
 
 

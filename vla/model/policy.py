@@ -398,11 +398,7 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
         return {name: value.to(self.state_norm.offset.device) for name, value in batch.items()}
 
     def _images(self, seen: np.ndarray | dict[str, np.ndarray]) -> np.ndarray:
-        """What the driven robot sees, as all of the policy's cameras: uint8 [N, 3, h, w], 0 where it has none.
-
-        In NumPy: torch copies a picture with a thread on each core, which is slower where the cores are busy, and on
-        two of them, with two such processes, took 250 times as long in 2 of 12 trials.
-        """
+        """What the driven robot sees, as all of the policy's cameras: uint8 [N, 3, h, w], 0 where it has none."""
         robot, images, size = self.driven, seen, self.config.image_size
         if not isinstance(seen, dict) and len(seen) == len(robot.cameras):
             images = dict(zip(robot.cameras, seen, strict=True))
