@@ -62,6 +62,8 @@ class Learner:
             self._capture()
         self.model, self.optimizer = accelerator.prepare(policy, optimizer)
         register_fsdp_forward_method(policy, "predict_chunk")  # which needs the weights as forward does
+        for block in policy.action_head.decoder.blocks:
+            register_fsdp_forward_method(block, "keys_values")
         trained = {p for group in self.optimizer.param_groups for p in group["params"]}
         self.trained = [p for p in policy.parameters() if p in trained]
         self.ema = EMA(policy, config.optim.ema) if config.optim.ema else None

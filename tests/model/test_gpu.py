@@ -11,6 +11,8 @@ from backbones import batch_of, policy_on
 from robots import HEADS
 from training import assert_equal, at_step, die_at, in_children, series, train
 
+from vla import InputError
+
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; see make test-gpu")
 
 LONGER = ("--log.every", 20, "--eval.every", 0, "--checkpoint.every", 20, "--steps", 20)
@@ -31,6 +33,25 @@ def test_captured_policy_equals_eager_one_for_every_batch(kind, head, originals)
         torch.testing.assert_close(captured.predict_chunk(batch), captured.predict_chunk(batch), rtol=0, atol=0)
         one = {name: value[:1] for name, value in batch.items()}  # another size: as it was before
         torch.testing.assert_close(captured.predict_chunk(one), eager.predict_chunk(one), rtol=1e-4, atol=1e-4)
+
+    in_children(compare)[0].ok()
+
+
+@pytest.mark.parametrize("kind", ["", "smolvlm"])
+def test_captured_policy_in_bf16_is_autocast_and_is_not_saved(kind, originals, tmp_path):
+    flags = originals(kind) if kind else {}
+
+    def compare(found: dict) -> None:
+        eager, captured = (policy_on(flags, max_tokens=36, **HEADS["flow"]).cuda().eval() for _ in range(2))
+        captured.capture(2)
+        batch = {name: value.cuda() for name, value in batch_of(eager).items()}
+        for size in (2, 1):
+            own = {name: value[:size] for name, value in batch.items()}
+            with torch.autocast("cuda", torch.bfloat16):
+                expected = eager.predict_chunk(own)
+            torch.testing.assert_close(captured.predict_chunk(own), expected, rtol=0.05, atol=0.05)
+        with pytest.raises(InputError, match="a captured policy is not saved"):
+            captured.save_pretrained(tmp_path / "export")
 
     in_children(compare)[0].ok()
 

@@ -29,6 +29,9 @@ class Fixed(nn.Module):
         super().__init__()
         self.out = out
 
+    def keys_values(self, hidden):
+        return hidden
+
     def forward(self, *_):
         return self.out
 
@@ -319,6 +322,14 @@ def test_loss_of_a_sample_does_not_depend_on_its_batch(kind):
             close(alone[name], term[b : b + 1])
 
 
+def test_decoder_takes_hidden_states_or_their_keys_and_values():
+    decoder, given = head("flow").decoder, inputs(normal(B, H, A))
+    hidden, mask, state = (given[name] for name in ("hidden", "mask", "state"))
+    known = decoder.keys_values(hidden)
+    for slots in (normal(B, H, D), normal(B, H, D, seed=5)):
+        assert torch.equal(decoder(known, mask, state, slots), decoder(hidden, mask, state, slots))
+
+
 @pytest.mark.parametrize("kind", HEADS)
 def test_masked_prefix_tokens_are_not_seen(kind):
     made, given = head(kind), inputs(scale().normalize(chunks()))
@@ -384,7 +395,7 @@ def flow_sample(velocity, key, steps):
         times.append(t)
         return velocity(noisy, t[:, None, None])
 
-    flow.velocity = record
+    flow.velocity, flow.decoder = record, Fixed(None)
     return norm.normalize(flow.sample(None, None, None, key, norm)), torch.stack(times)
 
 

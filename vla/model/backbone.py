@@ -30,13 +30,17 @@ class Attention(nn.Module):
         self.key_norm = nn.LayerNorm(width // heads, bias=False)  # the softmax would cancel a bias: it could not learn
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
-        """x: [B, Q, D], context: [B, S, its width], mask: bool, broadcast to [B, heads, Q, S], true where to look."""
-        q = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, heads, Q, D / heads]
-        k, v = (
-            self.key_value(context).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        )  # [B, heads, S, D / heads]
-        attended = F.scaled_dot_product_attention(self.query_norm(q), self.key_norm(k), v, attn_mask=mask)
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, S, its width] -> both [B, heads, S, D / heads]."""
+        k, v = self.key_value(context).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.key_norm(k), v
+
+    def forward(self, x: Tensor, context: Tensor | tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+        """x: [B, Q, D], context: [B, S, its width] or its keys and values, mask: bool, broadcast to [B, heads, Q, S],
+        true where to look."""
+        q = self.query_norm(self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2))  # [B, heads, Q, D / heads]
+        k, v = context if isinstance(context, tuple) else self.keys_values(context)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out(attended.transpose(1, 2).flatten(2))  # [B, Q, D]
 
 
@@ -51,8 +55,16 @@ class Block(nn.Module):
             self.cross_norm, self.cross_attention = nn.LayerNorm(width), Attention(width, heads, context_width)
         self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, wide), nn.GELU(), nn.Linear(wide, width))
 
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """What `forward` takes in place of this context, worked out once for several passes."""
+        return self.cross_attention.keys_values(context)
+
     def forward(
-        self, x: Tensor, mask: Tensor | None, context: Tensor | None = None, context_mask: Tensor | None = None
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        context: Tensor | tuple[Tensor, Tensor] | None = None,
+        context_mask: Tensor | None = None,
     ) -> Tensor:
         if context is not None:
             x = x + self.cross_attention(self.cross_norm(x), context, context_mask)

@@ -11,11 +11,12 @@ from vla import InputError
 class Graph:
     """A CUDA graph of a function of one batch.
 
-    batch: an example; later batches need its shapes, dtypes and device. The function must neither wait for the device
+    batch: an example; of batches with other shapes the function is called itself. It must neither wait for the device
     nor depend on values; memory that it reads besides, such as weights, must stay where it is.
     """
 
     def __init__(self, function: Callable[[dict[str, Tensor]], Tensor], batch: dict[str, Tensor]):
+        self.function = function
         self.batch = {name: value.clone() for name, value in batch.items()}
         beside = torch.cuda.Stream()
         beside.wait_stream(torch.cuda.current_stream())
@@ -27,11 +28,9 @@ class Graph:
         with torch.cuda.graph(self.graph):
             self.output = function(self.batch)
 
-    def fits(self, batch: dict[str, Tensor]) -> bool:
-        """Whether all shapes are those of the example."""
-        return all(batch[name].shape == value.shape for name, value in self.batch.items())
-
     def __call__(self, batch: dict[str, Tensor]) -> Tensor:
+        if any(batch[name].shape != value.shape for name, value in self.batch.items()):
+            return self.function(batch)
         for name, value in self.batch.items():
             value.copy_(batch[name], non_blocking=True)
         self.graph.replay()

@@ -35,19 +35,33 @@ class Decoder(nn.Module):
         self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, out_dim))
         nn.init.zeros_(self.out[-1].weight)  # start from the mean action
 
+    def _context(self, hidden: Tensor) -> Tensor:
+        return self.context_norm(hidden.to(self.context_norm.weight.dtype))
+
+    def keys_values(self, hidden: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """What `forward` takes in place of these hidden states, worked out once for several passes."""
+        context = self._context(hidden)
+        return [block.keys_values(context) for block in self.blocks]
+
     def forward(
-        self, hidden: Tensor, mask: Tensor, state: Tensor, slots: Tensor | None = None, visible: Tensor | None = None
+        self,
+        hidden: Tensor | list[tuple[Tensor, Tensor]],
+        mask: Tensor,
+        state: Tensor,
+        slots: Tensor | None = None,
+        visible: Tensor | None = None,
     ) -> Tensor:
-        """hidden [B, S, its width], mask bool [B, S], state [B, P] -> [B, H, out].
+        """hidden [B, S, its width] or its keys_values, mask bool [B, S], state [B, P] -> [B, H, out].
 
         slots: what the action slots carry [B, H, D]; visible: bool [B, H], the slots that others may look at.
         """
         x = self.slot.expand(len(state), -1, -1) if slots is None else self.slot + slots
         x = torch.cat([self.state(state)[:, None], x], dim=1)  # [B, 1 + H, D]
-        context, attend = self.context_norm(hidden.to(self.context_norm.weight.dtype)), None
+        contexts = hidden if isinstance(hidden, list) else [self._context(hidden)] * len(self.blocks)
+        attend = None
         if visible is not None:
             attend = F.pad(visible, (1, 0), value=True)[:, None, None, :]  # [B, 1, 1, 1 + H], the state always
-        for block in self.blocks:
+        for block, context in zip(self.blocks, contexts, strict=True):
             x = block(x, attend, context, mask[:, None, None, :])
         return self.out(x[:, 1:]).float()
 
@@ -114,6 +128,7 @@ class FlowHead(nn.Module):
     def sample(self, hidden, mask, state, key: Tensor, scale: Scale) -> Tensor:
         """Euler steps from the noise of each sample's key. -> actions in the robot's units [B, H, A]."""
         actions = keyed.normal(key, keyed.FLOW_NOISE, self.chunk).where(scale.real, 0)
+        hidden = self.decoder.keys_values(hidden)
         for step in range(self.steps):
             t = torch.full((len(actions),), 1 - step / self.steps, device=actions.device)
             velocity = self.velocity(hidden, mask, state, actions, t).where(scale.real, 0)

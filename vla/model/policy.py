@@ -250,6 +250,8 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """What save_pretrained calls: all weights, or with adapters them and what else was trained, and a reference."""
+        if self._graph:
+            raise InputError("a captured policy is not saved, as its weights are rounded; copy the folder it came from")
         state, config = self.state_dict(), dataclasses.replace(self.config, base="")
         if self.config.lora.rank:
             state, config = self.own_state(), self.own_config()
@@ -320,7 +322,7 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
             self.state_norm.require()
             self.action_norm.require()
             self._has_statistics = True
-        return self._graph(batch) if self._graph and self._graph.fits(batch) else self._predict(batch)
+        return (self._graph or self._predict)(batch)
 
     def _predict(self, batch: dict[str, Tensor]) -> Tensor:
         hidden, mask, _ = self._understand(batch)
@@ -329,10 +331,10 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
 
     @torch.no_grad()
     def capture(self, batch_size: int = 1, dtype: torch.dtype = torch.bfloat16) -> None:
-        """From now on compute predict_chunk of batches of this size as one CUDA graph of compiled layers, in this
-        precision: nothing acts faster. Afterwards the policy may be neither moved nor trained.
+        """From now on predict in this precision, with compiled layers, and batches of this size as one CUDA graph.
 
-        Raises InputError for a policy that is not on a GPU.
+        Nothing acts faster. The weights are rounded, so the policy is for nothing else from then on: it may be neither
+        moved nor trained, and is not saved. Raises InputError for a policy that is not on a GPU.
         """
         device, config = self.state_norm.offset.device, self.config
         if device.type != "cuda":
@@ -354,6 +356,9 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
 
         self.eval()
         self.compile()
+        for part in self.modules():  # what autocast would round again in each call
+            if isinstance(part, (nn.Linear, nn.Conv1d, nn.Conv2d)):
+                part.to(dtype)
         self._graph = Graph(predict, {name: value.to(device) for name, value in example.items()})
 
     def tokenize(self, instructions: list[str]) -> tuple[Tensor, Tensor]:
