@@ -2,15 +2,18 @@
 
 python benchmarks/loops.py limit 100 --data.path data/tabletop --run_dir /tmp/run --global_batch_size 32
 python benchmarks/loops.py trainer 100 …
+PYTHONPATH=$LEROBOT python benchmarks/loops.py lerobot 100 …
 """
 
 import json
 import sys
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import torch
 import transformers
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -19,6 +22,7 @@ from vla.config import TrainConfig
 from vla.data.mixture import open_datasets
 from vla.data.stream import Samples, split
 from vla.model import DatasetSpec, PolicyConfig, VLAPolicy
+from vla.model.graph import capture_learning
 from vla.optim import make_optimizer, parameter_groups
 
 WARM = 20  # steps that are not counted
@@ -79,6 +83,9 @@ def limit(config: TrainConfig, steps: int) -> dict:
     optimizer.zero_grad()
     if config.compile:
         policy.compile()
+    if config.cuda_graphs:
+        with torch.autocast(DEVICE.type, torch.bfloat16, cache_enabled=False):
+            capture_learning(policy, batches[0], summed=False)
     speed, side = per_second(step, steps), 8192 if CUDA else 1024
     a = torch.randn(side, side, device=DEVICE, dtype=torch.bfloat16 if CUDA else torch.float32)
     figures = {"samples/s": speed * size, "flops_per_sample": counter.get_total_flops() / size}
@@ -130,10 +137,7 @@ def trainer(config: TrainConfig, steps: int) -> dict:
         output_dir=config.run_dir,
         max_steps=WARM + steps,
         per_device_train_batch_size=config.global_batch_size,
-        learning_rate=config.optim.lr,
-        weight_decay=config.optim.weight_decay,
         max_grad_norm=config.optim.clip,
-        optim="adamw_torch_fused",
         bf16=CUDA,
         use_cpu=not CUDA,
         dataloader_num_workers=config.data.workers,
@@ -147,15 +151,84 @@ def trainer(config: TrainConfig, steps: int) -> dict:
         disable_tqdm=True,
     )
     clock = Clock(steps)
-    collate = torch.utils.data.default_collate
+    model = AsTrainerTakesIt(policy.to(DEVICE))
     transformers.Trainer(
-        AsTrainerTakesIt(policy), arguments, data_collator=collate, train_dataset=Rows(samples), callbacks=[clock]
+        model,
+        arguments,
+        data_collator=torch.utils.data.default_collate,
+        train_dataset=Rows(samples),
+        callbacks=[clock],
+        optimizers=(make_optimizer(parameter_groups(policy, config.optim), config.optim), None),
     ).train()
     began, ended = clock.times
     return {"samples/s": steps * config.global_batch_size / (ended - began)}
 
 
+def lerobot(config: TrainConfig, steps: int) -> dict:
+    """LeRobot's SmolVLA and the step of its lerobot-train, over batches that lie on the device.
+
+    In bf16, which is not its default; frozen, the weights of the backbone are too, as when it loads them. The package
+    is found on the path: github.com/huggingface/lerobot, or its wheel.
+    """
+    from lerobot.configs.types import FeatureType, PolicyFeature
+    from lerobot.policies.smolvla import smolvlm_with_expert
+    from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
+    from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+
+    ours, samples = build(config)
+    size, frozen, cameras = config.global_batch_size, bool(config.model.freeze), ours.config.cameras
+    # Asked for two special tokens alone, which are not used.
+    tokens = SimpleNamespace(tokenizer=SimpleNamespace(fake_image_token_id=0, global_image_token_id=0))
+    smolvlm_with_expert.AutoProcessor = SimpleNamespace(from_pretrained=lambda _: tokens)
+    seen = {f"observation.images.{name}": (3, *ours.config.image_size) for name in cameras}
+    policy = SmolVLAPolicy(
+        SmolVLAConfig(
+            input_features={name: PolicyFeature(FeatureType.VISUAL, shape) for name, shape in seen.items()}
+            | {"observation.state": PolicyFeature(FeatureType.STATE, (ours.config.state_dim,))},
+            output_features={"action": PolicyFeature(FeatureType.ACTION, (ours.config.action_dim,))},
+            chunk_size=config.model.chunk_size,
+            n_action_steps=config.model.chunk_size,
+            vlm_model_name=config.model.backbone,
+            load_vlm_weights=False,
+            num_vlm_layers=config.model.language_layers,
+            freeze_vision_encoder=frozen,
+            train_expert_only=frozen,
+            resize_imgs_with_padding=ours.config.image_size,
+            device=DEVICE.type,
+        )
+    ).to(DEVICE)
+    if frozen:
+        policy.model.vlm_with_expert.vlm.bfloat16()
+    batches = []
+    for i in range(4):
+        batch = {name: value.to(DEVICE) for name, value in samples.batch(range(i * size, (i + 1) * size)).items()}
+        images = zip(seen, batch["images"].float().div(255).unbind(1), strict=True)
+        batches.append(
+            dict(images)
+            | {"observation.state": batch["state"], "action": batch["actions"], "action_is_pad": batch["action_is_pad"]}
+            | {"observation.language.tokens": batch["tokens"]}
+            | {"observation.language.attention_mask": batch["token_mask"]}
+        )
+    accelerator = Accelerator(mixed_precision="bf16" if CUDA else "no", cpu=not CUDA)
+    optimizer = policy.config.get_optimizer_preset().build(policy.get_optim_params())
+    policy, optimizer = accelerator.prepare(policy, optimizer)
+    turn = iter(range(10**9))
+
+    def step() -> None:
+        policy.train()
+        with accelerator.autocast():
+            loss, _ = policy.forward(dict(batches[next(turn) % len(batches)]))
+        accelerator.backward(loss)
+        norm = accelerator.clip_grad_norm_(policy.parameters(), policy.config.optimizer_grad_clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item(), norm.item()
+
+    trained, every = (sum(p.numel() for p in policy.parameters() if p.requires_grad >= only) for only in (True, False))
+    return {"samples/s": per_second(step, steps) * size, "trained": trained, "parameters": every}
+
+
 if __name__ == "__main__":
     side, steps, *flags = sys.argv[1:]
-    figures = {"limit": limit, "trainer": trainer}[side](options.parse(flags), int(steps))
+    figures = {"limit": limit, "trainer": trainer, "lerobot": lerobot}[side](options.parse(flags), int(steps))
     print(json.dumps(figures))

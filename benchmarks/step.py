@@ -1,12 +1,16 @@
-"""Speed of a training step: train.py beside the limit, which is a bare loop, and beside transformers.Trainer.
+"""Speed of a training step: train.py beside the limit, which is a bare loop, and beside what one would use instead.
 
     python benchmarks/step.py demo --eager --out demo.json
-    python benchmarks/step.py metaworld smolvlm smolvlm-frozen --out h200.json
+    python benchmarks/step.py metaworld --flags "--cuda_graphs" --out metaworld.json
+    PYTHONPATH=$LEROBOT python benchmarks/step.py smolvlm smolvlm-frozen --sides limit train lerobot --out smolvlm.json
 
 The same policy, data, batch size, precision and optimizer in each, in turns (benchmarks/loops.py):
-limit: batches that lie on the device, autocast, torch.compile, fused AdamW; no loader, clipping, average or log.
+limit: batches that lie on the device, autocast, torch.compile, fused AdamW or Muon, CUDA graphs if asked for; no
+loader, clipping, average or log.
 train: train.py --compile with all that it does.
-trainer: transformers.Trainer with the same compiled layers, fused AdamW, loader workers and pinned memory.
+trainer: transformers.Trainer with the same compiled layers, optimizer, loader workers and pinned memory.
+lerobot: LeRobot's SmolVLA and the step of its training, which has a backbone of the same sizes and a head of as many
+parameters, over batches that lie on the device, in bf16.
 
 utilization: floating-point operations of the limit (counted by torch on the policy that is not compiled) over those of
 a large matrix product in the same run. Of train.py also what the device was busy with, from a trace of 5 steps, by what
@@ -30,7 +34,8 @@ from launched import ROOT, UNSAVED, collect, train
 from vla.checkpoint import versions
 
 SMOLVLM = (
-    "--model.backbone {backbone} --model.random_backbone --model.width 512 --model.head_layers 8 --model.chunk_size 50 "
+    "--model.backbone {backbone} --model.random_backbone --model.language_layers 16 --model.width 768 "
+    "--model.attention_heads 12 --model.head_layers 8 --model.mlp_ratio 7 --model.chunk_size 50 "
     "--global_batch_size 64 --data.workers 8"
 )
 MODELS = {  # by name: flags; height and width of the pictures
@@ -40,18 +45,27 @@ MODELS = {  # by name: flags; height and width of the pictures
         "--model.n_action_steps 2 --global_batch_size 32 --data.workers 1",
         64,
     ),
-    "metaworld": ("--model.head regression --global_batch_size 512 --data.workers 8", 224),
+    "metaworld": (
+        "--data.cameras table --model.head regression --model.loss.l1 0.1 --model.loss.mse 0.9 --model.width 384 "
+        "--model.attention_heads 6 --model.language_layers 4 --optim.muon_lr 0.01 --global_batch_size 512 "
+        "--data.workers 10",
+        224,
+    ),
     "smolvlm": (SMOLVLM, 512),
-    "smolvlm-frozen": (f"{SMOLVLM} --model.freeze vision_encoder language_model", 512),
+    "smolvlm-frozen": (
+        f"{SMOLVLM} --model.freeze vision_encoder language_model --model.frozen_dtype bfloat16",
+        512,
+    ),
 }
+OTHERS = ("limit", "trainer", "lerobot")
 YAML = "1gpu" if torch.cuda.is_available() else "cpu"
-SIDES, WARM, TRACED = ("limit", "train", "trainer"), 20, 5
+SIDES, WARM, TRACED = ("limit", "train", "trainer", "lerobot"), 20, 5
 
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", choices=MODELS)
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES[:3])
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--flags", default="", help="more flags for all of them")
@@ -59,7 +73,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="for all figures as JSON")
     asked = parser.parse_args()
     found: dict[str, dict] = {}
-    print(f"{'samples/s':<16}", *(f"{side:>9}" for side in SIDES), "train / limit  train / trainer", flush=True)
+    print(
+        f"{'samples/s':<16}", *(f"{side:>9}" for side in SIDES), *(f"train / {side:<8}" for side in OTHERS), flush=True
+    )
     for name in asked.models:
         with tempfile.TemporaryDirectory() as folder:
             found[name] = measure(name, Path(folder), asked)
@@ -85,7 +101,8 @@ def measure(name: str, folder: Path, asked: Namespace) -> dict:
             else:
                 own = f"{flags} --run_dir {run} --steps 1"
                 command = [sys.executable, "benchmarks/loops.py", side, str(asked.steps), *own.split()]
-                env = os.environ | {"GOMP_SPINCOUNT": "1000"}  # as vla sets it
+                path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+                env = os.environ | {"PYTHONPATH": path, "GOMP_SPINCOUNT": "1000"}  # the latter as vla sets it
                 done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
                 if done.returncode:
                     sys.exit(f"{side}: {done.stderr[-3000:]}")
@@ -134,11 +151,8 @@ def parts(trace: Path) -> dict[str, float]:
 def tell(name: str, found: dict) -> None:
     speeds = {side: statistics.median(row["samples/s"] for row in found[side]) for side in SIDES if found.get(side)}
     cells = [f"{speeds[side]:9.1f}" if side in speeds else " " * 9 for side in SIDES]
-    ratios = [
-        f"{speeds['train'] / speeds[side]:.3f}" if {side, "train"} <= speeds.keys() else ""
-        for side in ("limit", "trainer")
-    ]
-    print(f"{name:<16}", *cells, "{:>13}  {:>15}".format(*ratios), flush=True)
+    ratios = [f"{speeds['train'] / speeds[side]:>16.3f}" if {side, "train"} <= speeds.keys() else "" for side in OTHERS]
+    print(f"{name:<16}", *cells, *ratios, flush=True)
     if "parts" in found:
         waits = statistics.median(row["data_wait"] for row in found["train"])
         print(f"  waiting for data {waits:.1%},", ", ".join(f"{p} {share:.1%}" for p, share in found["parts"].items()))
