@@ -10,9 +10,10 @@ import json
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path += [str(ROOT), str(ROOT / "tests")]
-import tiny  # noqa: E402
+from launched import ROOT
+
+sys.path.append(str(ROOT / "tests"))
+import tiny
 
 REAL = {
     "smolvlm2-500m": {

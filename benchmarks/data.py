@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import av
+import launched  # noqa: F401 - which finds vla
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,12 +27,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from vla.config import ModelConfig
 from vla.data.lerobot import LeRobotDataset
 from vla.data.loader import loader
 from vla.data.mixture import Mixture
 from vla.data.stream import Samples, training_positions
 from vla.data.write import LeRobotWriter
-from vla.model.backbone import tokenize
+from vla.model.backbone import LanguageModel
 
 SIZE, CAMERAS, EPISODES, LENGTH, FPS = 256, ("front", "wrist"), 50, 200, 30
 CHUNK, BATCH, TURNS = 50, 64, 3
@@ -100,7 +102,8 @@ class OneAtATime(Dataset):
 
 
 def samples(data: LeRobotDataset) -> Samples:
-    return Samples(Mixture([data]), [data.episodes], lambda texts: tokenize(texts, 32), CHUNK, seed=0, shuffle=True)
+    tokenize = LanguageModel(ModelConfig(max_tokens=32)).tokenize
+    return Samples(Mixture([data]), [data.episodes], tokenize, CHUNK, seed=0, shuffle=True)
 
 
 def ours(data: LeRobotDataset, batches: int, workers: int, skip: int = 8):

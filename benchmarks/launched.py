@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT))  # where `vla` is, for the scripts beside this one
 ON_CPU = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 UNSAVED = "--checkpoint.every 1000000"
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from types import SimpleNamespace
 
+import launched  # noqa: F401 - which finds vla
 import torch
 import transformers
 from accelerate import Accelerator

@@ -22,10 +22,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from launched import ROOT
 
+from vla.config import ModelConfig
 from vla.data.loader import loader
 from vla.data.mixture import Mixture
 from vla.data.stream import Samples, training_positions
+from vla.model.backbone import LanguageModel
 
 STEPS, BATCH = (10, 1_000_000), 100
 SMALL = (
@@ -66,9 +69,7 @@ def main() -> None:
 def train(*flags) -> subprocess.Popen:
     """train.py in a process of its own, with this repository's code."""
     command = [sys.executable, "train.py", *map(str, flags)]
-    return subprocess.Popen(
-        command, cwd=Path(__file__).parents[1], env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL
-    )
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
 
 
 def advance(run: str) -> None:
@@ -108,27 +109,27 @@ def to_first_step(run: Path, step: int) -> float:
     return seconds
 
 
-def long_stream() -> Samples:
-    """Samples of 10^6 episodes of 100 frames, whose contents take no memory."""
-    ends = np.arange(1, 10**6 + 1) * 100
+def long_stream(episodes: int = 10**6, cameras: int = 1, size: int = 8, chunk: int = 8) -> Samples:
+    """Samples of episodes of 100 frames, whose contents take no memory. size: height and width of the pictures."""
+    ends = np.arange(1, episodes + 1) * 100
     data = SimpleNamespace(
-        cameras=("table",),
-        image_size=(8, 8),
+        cameras=tuple(f"camera{i}" for i in range(cameras)),
+        image_size=(size, size),
         state_dim=1,
         action_dim=1,
         episode_from=ends - 100,
         episode_to=ends,
         instructions=["go"],
-        state=np.broadcast_to(np.zeros(1, np.float32), (10**8, 1)),
-        task_index=np.broadcast_to(np.zeros(1, np.int32)[0], 10**8),
+        state=np.broadcast_to(np.zeros(1, np.float32), (100 * episodes, 1)),
+        task_index=np.broadcast_to(np.zeros(1, np.int32)[0], 100 * episodes),
         read_images=lambda frames, out, rows, slots: out.fill(0),
         windows=lambda frames, size: (
             np.zeros((len(frames), size, 1), np.float32),
             np.zeros((len(frames), size), bool),
         ),
     )
-    tokenize = lambda texts: (torch.zeros(len(texts), 4, dtype=torch.long), torch.ones(len(texts), 4, dtype=torch.bool))  # noqa: E731
-    return Samples(Mixture([data]), [np.arange(10**6)], tokenize, 8, seed=0, shuffle=True)
+    tokenize = LanguageModel(ModelConfig(max_tokens=8)).tokenize
+    return Samples(Mixture([data]), [np.arange(episodes)], tokenize, chunk, seed=0, shuffle=True)
 
 
 def first_batch(samples: Samples, step: int) -> float:

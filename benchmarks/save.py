@@ -16,6 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import launched  # noqa: F401 - which finds vla
 import numpy as np
 import torch
 from accelerate import Accelerator

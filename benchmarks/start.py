@@ -21,6 +21,8 @@ import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
+from launched import ROOT, collect
+
 BEGAN = "VLA_BEGAN"  # in the environment: the time of the command
 PARTS = {  # module, function, whether it ends a part when it is called: the part
     ("vla.checkpoint", "prepare", True): "imports",
@@ -39,7 +41,6 @@ PARTS = {  # module, function, whether it ends a part when it is called: the par
 
 def main() -> None:
     import architectures
-    from launched import collect
     from step import MODELS
 
     from vla.checkpoint import versions
@@ -140,14 +141,13 @@ def watched() -> None:
     builtins.__import__ = importing
     sys.argv = ["train.py", *sys.argv[1:]]
     try:
-        runpy.run_path(str(Path(__file__).parents[1] / "train.py"), run_name="__main__")
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
     finally:
         print(json.dumps(marks), flush=True)
 
 
 if __name__ == "__main__":
     if BEGAN in os.environ:
-        sys.path.insert(0, str(Path(__file__).parents[1]))
         watched()
     else:
         main()

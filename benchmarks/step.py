@@ -101,8 +101,7 @@ def measure(name: str, folder: Path, asked: Namespace) -> dict:
             else:
                 own = f"{flags} --run_dir {run} --steps 1"
                 command = [sys.executable, "benchmarks/loops.py", side, str(asked.steps), *own.split()]
-                path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-                env = os.environ | {"PYTHONPATH": path, "GOMP_SPINCOUNT": "1000"}  # the latter as vla sets it
+                env = os.environ | {"GOMP_SPINCOUNT": "1000"}  # as vla sets it
                 done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
                 if done.returncode:
                     sys.exit(f"{side}: {done.stderr[-3000:]}")
