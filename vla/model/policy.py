@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin, snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -24,8 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vla import InputError, keyed
 from vla.config import LoraConfig
-from vla.images import resize_with_padding
-from vla.model import backbone, pretrained
+from vla.model import backbone, observation, pretrained
 from vla.model.graph import Graph
 from vla.model.heads import HEADS
 from vla.model.lora import add_adapters, merge_adapters, submodule
@@ -251,7 +249,7 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
     def _save_pretrained(self, save_directory: Path) -> None:
         """What save_pretrained calls: all weights, or with adapters them and what else was trained, and a reference."""
         if self._graph:
-            raise InputError("a captured policy is not saved, as its weights are rounded; copy the folder it came from")
+            raise InputError("a captured policy is not saved, as its weights may be rounded; copy the folder it was in")
         state, config = self.state_dict(), dataclasses.replace(self.config, base="")
         if self.config.lora.rank:
             state, config = self.own_state(), self.own_config()
@@ -339,16 +337,9 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
         device, config = self.state_norm.offset.device, self.config
         if device.type != "cuda":
             raise InputError(f"the policy is on the device {device}; policy.to('cuda') before policy.capture()")
-        tokens, token_mask = self.tokenize([""] * batch_size)
-        example = {
-            "dataset": torch.zeros(batch_size, dtype=torch.int64),
-            "images": torch.zeros(batch_size, len(config.cameras), 3, *config.image_size, dtype=torch.uint8),
-            "image_mask": torch.ones(batch_size, len(config.cameras), dtype=torch.bool),
-            "state": torch.zeros(batch_size, config.state_dim),
-            "tokens": tokens,
-            "token_mask": token_mask,
-            "key": torch.zeros(batch_size, dtype=torch.int64),
-        }
+        images = np.zeros((len(config.datasets[0].cameras), 3, *config.image_size), np.uint8)
+        nothing = {"images": images, "state": np.zeros(len(config.datasets[0].state_names)), "instruction": ""}
+        example = observation.collate(config, 0, self.tokenize, [nothing] * batch_size, torch.arange(batch_size))
 
         def predict(batch: dict[str, Tensor]) -> Tensor:
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -388,47 +379,9 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
         order, or by name uint8 [3, H, W] each), state (float32, of the robot's own dimensions) and instruction (str).
         Raises InputError for images and states that are not those of the robot.
         """
-        robot, size = self.driven, len(observations)
-        tokens, token_mask = self.tokenize([observation["instruction"] for observation in observations])
-        has = torch.tensor([camera in robot.cameras for camera in self.config.cameras])
-        batch = {
-            "dataset": torch.full((size,), self._driven),
-            "images": torch.from_numpy(np.stack([self._images(seen["images"]) for seen in observations])),
-            "image_mask": has.repeat(size, 1),
-            "state": torch.stack([self._state(observation["state"]) for observation in observations]),
-            "tokens": tokens,
-            "token_mask": token_mask,
-            "key": key,
-        }
+        place = self.config.place(self.driven.name)
+        batch = observation.collate(self.config, place, self.tokenize, observations, key)
         return {name: value.to(self.state_norm.offset.device) for name, value in batch.items()}
-
-    def _images(self, seen: np.ndarray | dict[str, np.ndarray]) -> np.ndarray:
-        """What the driven robot sees, as all of the policy's cameras: uint8 [N, 3, h, w], 0 where it has none."""
-        robot, images, size = self.driven, seen, self.config.image_size
-        if not isinstance(seen, dict) and len(seen) == len(robot.cameras):
-            images = dict(zip(robot.cameras, seen, strict=True))
-        if not isinstance(images, dict) or images.keys() != set(robot.cameras):
-            found = f"images of {', '.join(seen)}" if isinstance(seen, dict) else f"{len(seen)} images"
-            expected = f"those of the cameras of {robot.name}: {', '.join(robot.cameras)}"
-            raise InputError(f"the observation has {found}, expected {expected}")
-        view = np.zeros((len(self.config.cameras), 3, *size), np.uint8)
-        for camera, image in images.items():
-            pixels = np.asarray(image)
-            if pixels.dtype != np.uint8 or pixels.ndim != 3 or len(pixels) != 3:
-                found = f"{pixels.dtype} {list(pixels.shape)}"
-                raise InputError(f"the observation's image of {camera} is {found}, expected uint8 [3, height, width]")
-            if pixels.shape[1:] != size:  # from a copy: torch warns of memory that it may not write
-                pixels = resize_with_padding(torch.from_numpy(pixels.copy())[None], size)[0].numpy()
-            view[self.config.cameras.index(camera)] = pixels
-        return view
-
-    def _state(self, state: np.ndarray) -> Tensor:
-        """The driven robot's state with 0 in the dimensions that it lacks, float32 [P]."""
-        names, own = self.driven.state_names, np.array(state, np.float32)
-        if own.shape != (len(names),):
-            expected = f"the {len(names)} numbers of {self.driven.name}: {', '.join(names)}"
-            raise InputError(f"the observation's state has shape {list(own.shape)}, expected {expected}")
-        return F.pad(torch.from_numpy(own), (0, self.config.state_dim - len(names)))
 
     def reset(self, seed: int = 0) -> None:
         """Forget the queue of actions, at the start of an episode; `seed` fixes the noise of a flow head."""

@@ -1,0 +1,69 @@
+"""What a robot observes, as a batch of the policy.
+
+Dimension key: B batch, N cameras of the policy, P state dimension of the policy, T text tokens.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vla import InputError
+from vla.images import resize_with_padding
+from vla.model.spec import DatasetSpec, PolicyConfig
+
+
+def collate(
+    config: PolicyConfig,
+    dataset: int,
+    tokenize: Callable[[list[str]], tuple[Tensor, Tensor]],
+    observations: list[dict],
+    key: Tensor,
+) -> dict[str, Tensor]:
+    """What VLAPolicy takes, on the CPU, of what the robot of this data set observes (see VLAPolicy.collate).
+
+    tokenize: -> int64 [B, T], bool [B, T]. key: int64 [B]. Raises InputError.
+    """
+    robot, size = config.datasets[dataset], len(observations)
+    tokens, token_mask = tokenize([seen["instruction"] for seen in observations])
+    has = torch.tensor([camera in robot.cameras for camera in config.cameras])
+    return {
+        "dataset": torch.full((size,), dataset),
+        "images": torch.from_numpy(np.stack([_images(seen["images"], robot, config) for seen in observations])),
+        "image_mask": has.repeat(size, 1),
+        "state": torch.from_numpy(np.stack([_state(seen["state"], robot, config) for seen in observations])),
+        "tokens": tokens,
+        "token_mask": token_mask,
+        "key": key,
+    }
+
+
+def _images(seen: np.ndarray | dict[str, np.ndarray], robot: DatasetSpec, config: PolicyConfig) -> np.ndarray:
+    """What the robot sees, as all of the policy's cameras: uint8 [N, 3, h, w], 0 where it has none."""
+    images, size = seen, config.image_size
+    if not isinstance(seen, dict) and len(seen) == len(robot.cameras):
+        images = dict(zip(robot.cameras, seen, strict=True))
+    if not isinstance(images, dict) or images.keys() != set(robot.cameras):
+        found = f"images of {', '.join(seen)}" if isinstance(seen, dict) else f"{len(seen)} images"
+        expected = f"those of the cameras of {robot.name}: {', '.join(robot.cameras)}"
+        raise InputError(f"the observation has {found}, expected {expected}")
+    view = np.zeros((len(config.cameras), 3, *size), np.uint8)
+    for camera, image in images.items():
+        pixels = np.asarray(image)
+        if pixels.dtype != np.uint8 or pixels.ndim != 3 or len(pixels) != 3:
+            found = f"{pixels.dtype} {list(pixels.shape)}"
+            raise InputError(f"the observation's image of {camera} is {found}, expected uint8 [3, height, width]")
+        if pixels.shape[1:] != size:  # from a copy: torch warns of memory that it may not write
+            pixels = resize_with_padding(torch.from_numpy(pixels.copy())[None], size)[0].numpy()
+        view[config.cameras.index(camera)] = pixels
+    return view
+
+
+def _state(state: np.ndarray, robot: DatasetSpec, config: PolicyConfig) -> np.ndarray:
+    """The robot's state with 0 in the dimensions that it lacks, float32 [P]."""
+    names, own = robot.state_names, np.asarray(state, np.float32)
+    if own.shape != (len(names),):
+        expected = f"the {len(names)} numbers of {robot.name}: {', '.join(names)}"
+        raise InputError(f"the observation's state has shape {list(own.shape)}, expected {expected}")
+    return np.pad(own, (0, config.state_dim - len(names)))
