@@ -78,3 +78,42 @@ def uninterrupted(flags, tmp_path_factory):
         return made[case]
 
     return run
+
+
+@pytest.fixture(scope="session")
+def trained(flags, tmp_path_factory):
+    """A finished run whose checkpoints are all kept, the child that made it, and what its policy predicted from a
+    batch with the averaged weights at each checkpoint, by step.
+    """
+
+    from training import after, train
+
+    from vla.model import VLAPolicy
+
+    def predict_at_each_save(found):
+        found["predictions"], found["buffers"], policies, batches, buffers = {}, [], [], [], []
+
+        def begin(_, made, *rest):
+            buffers.append(made.buffer.result())
+
+        def predict(_, made, state):
+            found["buffers"].append(made.buffer.result() is buffers[0])
+            batch = {name: value[:3] for name, value in batches[0].items()}
+            with made.ema.applied():
+                policies[0].eval()
+                found["predictions"][state["step"]] = policies[0].predict_chunk(batch).numpy()
+                policies[0].train()
+            found["batch"] = {name: value.numpy() for name, value in batch.items()}
+
+        def forward(self, batch, original=VLAPolicy.forward):
+            batches.append(batch)
+            return original(self, batch)
+
+        VLAPolicy.forward = forward
+        after(VLAPolicy, "__init__", lambda _, policy, *rest: policies.append(policy))
+        after(saver.Saver, "__init__", begin)
+        after(saver.Saver, "save", predict)
+
+    run = tmp_path_factory.mktemp("trained") / "run"
+    (child,) = train(*flags, "--checkpoint.keep", 9, "--run_dir", run, before=predict_at_each_save)
+    return run, child.ok()

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import shutil
 import sys
-import typing
 
 import numpy as np
 import pyarrow as pa
@@ -12,13 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from training import ROOT, command, last, run_module, train
+from training import NEW_RUN, ROOT, command, last, run_module, train
 
 from vla import InputError, config, options
 from vla.data.lerobot import LeRobotDataset
 from vla.data.write import LeRobotWriter
-
-NEW_RUN = ("--run_dir", "run", "--data.path", "data", "--steps", "10")
 
 
 @pytest.fixture(scope="module")
@@ -267,64 +264,6 @@ def test_environment_of_another_robot_is_refused(other_robot, flags, tmp_path):
     assert_nothing_trained(tmp_path / "run")
 
 
-# ---- Resume: what may change, and what may not.
-
-
-@pytest.mark.parametrize(
-    ("flag", "old", "new"),
-    [
-        ("seed", 0, 7),
-        ("data.val_fraction", 0.05, 0.2),
-        ("model.width", 256, 64),
-        ("model.freeze", ("vision_encoder",), ("language_model",)),
-        ("global_batch_size", 64, 32),
-        ("optim.lr", 0.0003, 0.01),
-        ("optim.module_lrs", (("action_head", 0.0001),), (("action_head", 0.5),)),
-        ("optim.ema", 0.999, 0.5),
-        ("init_from", "", "elsewhere"),
-        ("run_dir", "run", "elsewhere"),
-    ],
-)
-def test_resumed_run_refuses_a_flag_that_disagrees_and_names_both_values(flag, old, new, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    save_run(tmp_path / "run", "--model.freeze", "vision_encoder", "--optim.module_lrs", "action_head", "1e-4")
-    words = new if isinstance(new, tuple) else [new]
-    given = [str(word) for part in words for word in (part if isinstance(part, tuple) else [part])]
-    with pytest.raises(InputError, match="disagree") as refused:
-        options.parse(["--resume_from", "run", f"--{flag}", *given])
-    assert f"--{flag} {new} (the run has {old})" in str(refused.value)
-    assert "--init_from" in str(refused.value)
-
-
-@pytest.mark.parametrize(
-    ("flag", "value"),
-    [
-        ("steps", 99),
-        ("micro_batch_size", 8),
-        ("data.workers", 7),
-        ("eval.every", 3),
-        ("eval.patience", 2),
-        ("checkpoint.every", 3),
-        ("checkpoint.keep", 5),
-        ("log.every", 3),
-        ("compile", True),
-    ],
-)
-def test_resumed_run_takes_a_flag_that_may_change(flag, value, tmp_path):
-    before = save_run(tmp_path / "run")
-    given = [f"--{flag}"] if value is True else [f"--{flag}", str(value)]
-    after = options.flatten(options.parse(["--resume_from", str(tmp_path / "run"), *given]))
-    changed = {name for name, old in options.flatten(before).items() if after[name] != old}
-    assert changed == {flag, "resume_from", "run_dir"}
-    assert after[flag] == value
-
-
-def test_resumed_run_takes_epochs_in_place_of_steps(tmp_path):
-    save_run(tmp_path / "run")
-    settings = options.parse(["--resume_from", str(tmp_path / "run"), "--epochs", "3"])
-    assert (settings.steps, settings.epochs) == (0, 3)
-
-
 def test_resumed_run_refuses_in_one_line(finished):
     before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
     (child,) = train("--resume_from", finished, "--optim.lr", "0.5", "--seed", 3)
@@ -332,71 +271,7 @@ def test_resumed_run_refuses_in_one_line(finished):
     assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
 
 
-def test_same_command_with_auto_goes_on_whatever_flags_it_has(tmp_path):
-    arguments = [
-        *("--run_dir", str(tmp_path / "run"), "--data.path", "data", "--epochs", "2.5", "--resume_from", "auto"),
-        *("--model.freeze", "vision_encoder", "language_model", "--optim.module_lrs", "action_head", "1e-4"),
-        *("--optim.milestones", "0.3", "0.5", "--optim.betas", "0.8", "0.9", "--data.cameras", "table", "gripper"),
-        *("--log.trackers", "--model.head", "regression", "--model.gripper_dims", "2", "--deterministic"),
-    ]
-    fresh = options.parse(arguments)
-    assert options.resume_folder(fresh) is None
-    (tmp_path / "run/checkpoints/step_00000001").mkdir(parents=True)
-    options.save(fresh, tmp_path / "run/config.json")
-    assert options.parse(arguments) == fresh
-
-
-@pytest.mark.parametrize("path", ["run", "run/best", "run/checkpoints", "run/checkpoints/step_00000005", "run/"])
-def test_every_way_to_name_a_run_finds_it(path, tmp_path):
-    save_run(tmp_path / "run")
-    settings = options.parse(["--resume_from", str(tmp_path / path)])
-    assert settings.run_dir == str(tmp_path / "run")
-
-
-def test_flags_parse_with_hyphens_and_underscores(tmp_path):
-    save_run(tmp_path / "run")
-    for flag in ("--resume_from", "--resume-from"):
-        assert options.parse([flag, str(tmp_path / "run")]).resume_from == str(tmp_path / "run")
-
-
-def save_run(run, *arguments):
-    run.mkdir()
-    settings = options.parse([*NEW_RUN, *arguments])
-    options.save(settings, run / "config.json")
-    return settings
-
-
 # ---- The configuration as JSON, and the help.
-
-
-def all_different(cls, default):
-    """An instance of the dataclass no field of which has its default value."""
-    kinds, values = typing.get_type_hints(cls), {}
-    for name, old in ((field.name, getattr(default, field.name)) for field in dataclasses.fields(cls)):
-        if dataclasses.is_dataclass(old):
-            values[name] = all_different(kinds[name], old)
-        elif isinstance(old, bool):
-            values[name] = not old
-        elif typing.get_origin(kinds[name]) is typing.Literal:
-            values[name] = next(choice for choice in typing.get_args(kinds[name]) if choice != old)
-        elif isinstance(old, int | float):
-            values[name] = old + 1
-        elif isinstance(old, str):
-            values[name] = old + "x"
-        elif name in ("module_lrs", "unfreeze"):
-            values[name] = (("action_head", 5),)
-        else:
-            kind = typing.get_args(kinds[name])[0]
-            values[name] = typing.get_args(kind) or (kind(7), kind(9))
-    return cls(**values)
-
-
-def test_configuration_comes_back_from_json_as_it_was(tmp_path):
-    settings = all_different(config.TrainConfig, config.TrainConfig())
-    default = options.flatten(config.TrainConfig())
-    assert all(value != default[name] for name, value in options.flatten(settings).items())
-    options.save(settings, tmp_path / "config.json")
-    assert options.load(tmp_path / "config.json") == dataclasses.replace(settings, resume_from="")
 
 
 def test_run_folder_holds_the_whole_configuration(finished):

@@ -37,6 +37,7 @@ from vla.data import lerobot, stream  # noqa: F401
 from vla.saver import Saver
 
 ROOT = Path(__file__).parents[1]
+NEW_RUN = ("--run_dir", "run", "--data.path", "data", "--steps", "10")  # flags that a new run needs
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 # Two processes that share the CPU, of a YAML that is written for several GPUs.
 TWO_PROCESSES = ["--config_file", str(ROOT / "accelerate_configs/4gpu.yaml"), "--num_processes", "2"]

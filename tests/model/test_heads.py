@@ -5,94 +5,29 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from head_inputs import (
+    ACTIONS,
+    GRIPPER,
+    ROBOTS,
+    SHORT,
+    A,
+    B,
+    D,
+    Fixed,
+    H,
+    S,
+    chunks,
+    close,
+    head,
+    inputs,
+    mean_of_valid,
+    normal,
+    scale,
+)
 
 from vla import keyed
-from vla.config import LossConfig, ModelConfig
-from vla.data.stats import statistics
+from vla.config import LossConfig
 from vla.model.heads import HEADS, sample_mean
-from vla.model.normalize import Normalizer
-
-B, H, A, P, D, S = 5, 4, 3, 2, 16, 6
-GRIPPER = 2
-ACTIONS = np.random.default_rng(1).normal([0.0, 5.0, 0.0], [0.02, 2.0, 1.0], (400, A)).astype(np.float32)
-ACTIONS[:, GRIPPER] = np.where(ACTIONS[:, GRIPPER] > 0.3, 0.8, 0.2)  # two values, neither 0 nor 1
-SHORT = torch.arange(H)[None] < torch.tensor([1, 2, 3, 4, 4])[:, None]  # valid steps of each sample
-# The data set of each sample: the second one's robot lacks the last action dimension.
-ROBOTS = {"one robot": torch.zeros(B, dtype=torch.int64), "two robots": torch.tensor([0, 1, 1, 0, 1])}
-
-
-class Fixed(nn.Module):
-    """A decoder that always gives the same."""
-
-    def __init__(self, out):
-        super().__init__()
-        self.out = out
-
-    def keys_values(self, hidden):
-        return hidden
-
-    def forward(self, *_):
-        return self.out
-
-
-def scale(mode="quantile", dataset=ROBOTS["one robot"][:1]):
-    """By default of any number of samples of the first data set."""
-    norm = Normalizer({"whole": A, "smaller": A - 1}, mode)
-    norm.set_statistics([statistics(ACTIONS), statistics(ACTIONS[:, :-1])])
-    return norm.of(dataset)
-
-
-def head(kind, action_dim=A, **model):
-    torch.manual_seed(0)
-    sizes = {"chunk_size": H, "width": D, "attention_heads": 2, "head_layers": 1, "mlp_ratio": 2, "bins": 8}
-    made = HEADS[kind](ModelConfig(head=kind, **sizes | model), D, P, action_dim)
-    nn.init.normal_(made.decoder.out[-1].weight)  # it starts at 0, where the loss depends on nothing else
-    return made
-
-
-def inputs(normalized, robots="one robot"):
-    """What every loss takes, for these normalized actions."""
-    generator = torch.Generator().manual_seed(2)
-    mask = torch.ones(B, S, dtype=torch.bool)
-    mask[:, -2:] = False
-    return {
-        "hidden": torch.randn(B, S, D, generator=generator),
-        "mask": mask,
-        "state": torch.randn(B, P, generator=generator),
-        "actions": normalized,
-        "valid": valid(robots),
-        "key": keyed.derive(0, torch.arange(B)),
-        "scale": scale(dataset=ROBOTS[robots]),
-    }
-
-
-def valid(robots="one robot"):
-    return SHORT[:, :, None] & scale(dataset=ROBOTS[robots]).real  # [B, H, A]
-
-
-def normal(*shape, seed=3):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def chunks():
-    """Chunks of the data's own actions, [B, H, A], in the robot's units."""
-    return torch.from_numpy(ACTIONS[: B * H]).view(B, H, A)
-
-
-def mean_of_valid(error, robots="one robot"):
-    """The mean of the valid entries of each sample, one after the other. error(b, h, a) -> [B]."""
-    means = []
-    for b in range(B):
-        dims = A - ROBOTS[robots][b].item()
-        entries = [error(b, h, a) for h in range(H) if SHORT[b, h] for a in range(dims)]
-        entries = [entry for entry in entries if entry is not None]
-        means.append(sum(entries) / len(entries))
-    return torch.tensor(means)
-
-
-def close(found, expected, **tolerance):
-    torch.testing.assert_close(found.double(), expected.double(), **{"rtol": 1e-5, "atol": 1e-6} | tolerance)
 
 
 @pytest.mark.parametrize("robots", ROBOTS)
@@ -133,27 +68,6 @@ def test_gripper_is_learned_by_binary_cross_entropy_and_leaves_the_other_terms()
         terms["l1"],
         mean_of_valid(lambda b, h, a: None if a == GRIPPER else abs(float(out[b, h, a] - normalized[b, h, a]))),
     )
-
-
-@pytest.mark.parametrize("mode", ["mean_std", "min_max", "quantile"])
-def test_sampled_gripper_is_exactly_one_of_its_two_values(mode):
-    out, norm = normal(B, H, A), scale(mode)
-    regression = head("regression", gripper_dims=(GRIPPER,))
-    regression.decoder = Fixed(out)
-    given = inputs(normal(B, H, A))
-    actions = regression.sample(given["hidden"], given["mask"], given["state"], given["key"], norm)
-    low, high = np.float32(0.2), np.float32(0.8)
-    expected = np.where(out[..., GRIPPER] > 0, high, low)
-    np.testing.assert_array_equal(actions[..., GRIPPER].numpy(), expected)
-    close(actions[..., :GRIPPER], norm.inverse(out)[..., :GRIPPER])
-
-
-def test_regression_without_gripper_samples_what_the_decoder_says_in_the_robots_units():
-    regression, given, norm = head("regression"), inputs(normal(B, H, A)), scale("min_max")
-    regression.decoder = Fixed(normal(B, H, A))
-    actions = regression.sample(given["hidden"], given["mask"], given["state"], given["key"], norm)
-    low, high = ACTIONS.min(0), ACTIONS.max(0)
-    close(actions, torch.from_numpy((normal(B, H, A).numpy() + 1) / 2 * (high - low) + low))
 
 
 @pytest.mark.parametrize("robots", ROBOTS)
@@ -284,18 +198,6 @@ def test_dimension_that_a_robot_lacks_gets_no_loss_and_no_gradient(kind):
     assert all(torch.equal(again[name], terms[name]) for name in terms)
 
 
-@pytest.mark.parametrize("kind", HEADS)
-def test_sample_is_zero_in_a_dimension_that_its_robot_lacks(kind):
-    made, given = head(kind), inputs(normal(B, H, A), "two robots")
-    made.decoder = Fixed(normal(B, H, A * 8 if kind == "token" else A))
-    own = made.sample(*(given[name] for name in ("hidden", "mask", "state", "key", "scale")))
-    whole = made.sample(*(given[name] for name in ("hidden", "mask", "state", "key")), scale())
-    smaller = ROBOTS["two robots"] == 1
-    assert not own[smaller][..., -1].any()
-    assert torch.equal(own[smaller][..., :-1], whole[smaller][..., :-1])
-    assert torch.equal(own[~smaller], whole[~smaller])
-
-
 def test_flow_carries_nothing_in_a_dimension_that_a_robot_lacks():
     flow, seen, smaller = head("flow", flow_steps=3), [], ROBOTS["two robots"] == 1
     flow.action.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
@@ -339,90 +241,3 @@ def test_masked_prefix_tokens_are_not_seen(kind):
     hidden = given["hidden"] + (torch.arange(S) == 0)[:, None] * normal(S, D)
     found = made.loss(**given | {"hidden": hidden})
     assert all((term != expected[name]).all() for name, term in found.items())
-
-
-def token_round_trip(actions, norm, bins):
-    """What the token head samples in place of actions [N, A], once its decoder says what its loss asks for."""
-    token = head("token", actions.shape[1], bins=bins)
-    logits = torch.zeros(len(actions), 1, actions.shape[1] * bins, requires_grad=True)
-    token.decoder = Fixed(logits)
-    every = torch.ones(len(actions), 1, actions.shape[1], dtype=torch.bool)
-    loss = token.loss(None, None, None, norm.normalize(actions[:, None]), every, None, norm)["ce"].sum()
-    token.decoder = Fixed(-torch.autograd.grad(loss, logits)[0])  # downhill from 0: only the targets rise
-    return token.sample(None, None, None, None, norm)[:, 0]
-
-
-@pytest.mark.parametrize("mode", ["mean_std", "min_max", "quantile"])
-@pytest.mark.parametrize("bins", [2, 8, 256])
-def test_token_sample_inverts_its_bins_within_half_a_bin(mode, bins):
-    norm = scale(mode)
-    low, span = norm.low[0], (norm.high - norm.low)[0]
-    actions = low + span * torch.linspace(0, 1, 1001)[:, None]
-    error = (token_round_trip(actions, norm, bins) - actions).abs() / span * bins
-    place = (actions - low) / span * bins
-    outermost = (place < 1.001) | (place > bins - 1.001)  # these bins stand for the extremes
-    assert (error[~outermost] <= 0.501).all()
-    assert (error[outermost] <= 1.001).all()
-
-
-def test_token_sample_of_unseen_actions_stays_within_the_extremes():
-    norm = scale()
-    far = torch.cat([norm.low - 10, norm.high + 10])[:, 0]
-    close(token_round_trip(far, norm, 8), torch.cat([norm.low, norm.high])[:, 0])
-
-
-@pytest.mark.parametrize(
-    "extreme",
-    [
-        "low",
-        "high",
-    ],
-)
-@pytest.mark.parametrize("bins", [2, 256])
-def test_token_sample_hits_the_extremes_exactly(extreme, bins):
-    values = np.random.default_rng(5).normal(size=(50, 64)).astype(np.float32)
-    norm = Normalizer({"robot": 64}, "quantile")
-    norm.set_statistics([statistics(values)])
-    expected = getattr(norm, extreme)  # [1, 64]
-    assert torch.equal(token_round_trip(expected, norm.of(torch.tensor([0])), bins), expected)
-
-
-def flow_sample(velocity, key, steps):
-    """What Euler's method makes of a velocity field, normalized, and the times at which it asked."""
-    flow, times, norm = head("flow", flow_steps=steps), [], scale()
-
-    def record(hidden, mask, state, noisy, t):
-        times.append(t)
-        return velocity(noisy, t[:, None, None])
-
-    flow.velocity, flow.decoder = record, Fixed(None)
-    return norm.normalize(flow.sample(None, None, None, key, norm)), torch.stack(times)
-
-
-@pytest.mark.parametrize("steps", [1, 4, 10])
-def test_euler_sampling_goes_from_noise_to_actions_in_even_steps(steps):
-    key = keyed.derive(0, torch.arange(B))
-    noise = keyed.normal(key, keyed.FLOW_NOISE, (H, A))
-    slope = normal(H, A)
-    found, times = flow_sample(lambda x, t: slope * x + t, key, steps)
-    close(times, (1 - torch.arange(steps) / steps)[:, None].expand(steps, B))
-    expected = noise.double()
-    for step in range(steps):
-        expected = expected - (slope * expected + (1 - step / steps)) / steps
-    close(found, expected, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(found[0], found[1])  # each sample has its own noise
-
-
-def test_euler_sampling_of_straight_paths_is_exact_in_any_number_of_steps():
-    key, goal = keyed.derive(0, torch.arange(B)), normal(B, H, A, seed=6)
-    for steps in (1, 3, 10):
-        found, _ = flow_sample(lambda x, t: (x - goal) / t, key, steps)  # the field whose paths all end at the goal
-        close(found, goal, rtol=1e-4, atol=1e-5)
-
-
-def test_euler_sampling_converges_to_the_solution():
-    key = keyed.derive(0, torch.arange(B))
-    noise = keyed.normal(key, keyed.FLOW_NOISE, (H, A))
-    errors = [(flow_sample(lambda x, t: 2 * x, key, n)[0] - noise * math.exp(-2)).abs().max() for n in (10, 100, 1000)]
-    assert errors[1] < errors[0] / 8
-    assert errors[2] < errors[1] / 8
