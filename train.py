@@ -35,6 +35,7 @@ def main(config: TrainConfig) -> None:
     from vla.log import RunLog
     from vla.model import DatasetSpec, PolicyConfig, VLAPolicy
     from vla.optim import schedule
+    from vla.restore import restore
     from vla.saver import FAILURES, Saver
 
     # ---- What can be wrong with the input is found here, before any process group exists.
@@ -92,7 +93,7 @@ def main(config: TrainConfig) -> None:
     state |= {"data": digests, "base": policy.config.base}
 
     def restored(resume_from: str, passed_over: Iterable[Path] = ()) -> tuple[dict, Path]:
-        saved, path = checkpoint.restore(learner, resume_from, checkpoints, passed_over)
+        saved, path = restore(learner, resume_from, checkpoints, passed_over)
         if saved["metric"] != config.eval.metric:  # what was best by another measure tells nothing
             saved |= unjudged
         return saved, path

@@ -20,7 +20,7 @@ from saving import broken, commit, new_saver, small_training, state_of
 from training import after, in_children, steps, train
 
 import vla.saver
-from vla import NotSaved, checkpoint
+from vla import NotSaved, checkpoint, restore
 from vla.saver import Saver
 
 # ---- The disk.
@@ -363,7 +363,7 @@ def test_scaler_of_fp16_is_in_the_checkpoint(tmp_path):
     def save_and_load(found):
         commit(scaled_training(scale=8.0), tmp_path, 1)
         accelerator, *_ = training = scaled_training(scale=2.0)
-        checkpoint.load(*training, tmp_path / "step_00000001")
+        restore.load(*training, tmp_path / "step_00000001")
         found["scale"] = accelerator.scaler.get_scale()
 
     (child,) = in_children(save_and_load)
@@ -380,7 +380,7 @@ def test_pickle_planted_as_the_scaler_is_refused_and_never_runs(tmp_path):
         commit(training, tmp_path, 1)
         torch.save(Payload(), tmp_path / "step_00000001/scaler.pt")
         with pytest.raises(pickle.UnpicklingError, match="posix"):
-            checkpoint.load(*training, tmp_path / "step_00000001")
+            restore.load(*training, tmp_path / "step_00000001")
 
     in_children(load)[0].ok()
     assert not (tmp_path / "mark").exists()

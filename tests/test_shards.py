@@ -8,7 +8,7 @@ from torch import nn
 from training import SHARDED, in_children, rank
 
 import vla.saver
-from vla import InputError, checkpoint, fsdp
+from vla import InputError, checkpoint, fsdp, restore
 from vla.config import TrainConfig
 from vla.optim import EMA
 from vla.saver import Saver
@@ -83,7 +83,7 @@ def test_every_row_is_saved_and_found_again_by_any_number_of_processes(saved, lo
         training = [None]
         for count in (0, 2):  # as a run is resumed, and as it goes back
             training = uneven_training(2, count, accelerator=training[0])
-            assert checkpoint.load(*training, tmp_path / "step_00000001") == state_of(1)
+            assert restore.load(*training, tmp_path / "step_00000001") == state_of(1)
             found[count], found["draw"] = everything(*training), torch.rand(1).item()
 
     (tmp_path / ".saving_step_00000001").mkdir()
@@ -117,7 +117,7 @@ def test_checkpoint_of_another_policy_is_refused_with_the_difference_and_changes
         before = everything(*others)
         told = r"the weights are not .* missing more, left over gone, of another shape five; use the checkpoint with"
         with pytest.raises(InputError, match=told):
-            checkpoint.load(*others, tmp_path / "step_00000001")
+            restore.load(*others, tmp_path / "step_00000001")
         assert everything(*others) == before
         if env:
             others = uneven_training(seed=2, accelerator=training[0], frozen=["one"], gone=(2,))
@@ -125,7 +125,7 @@ def test_checkpoint_of_another_policy_is_refused_with_the_difference_and_changes
             before = everything(*others)
             told = "the moments are not .* missing nothing, left over one/exp_avg, one/exp_avg_sq, one/step,"
             with pytest.raises(InputError, match=told):
-                checkpoint.load(accelerator, policy, optimizer, None, tmp_path / "step_00000001")
+                restore.load(accelerator, policy, optimizer, None, tmp_path / "step_00000001")
             assert everything(*others) == before
 
     in_children(save_and_load, 1, env)[0].ok()

@@ -1,0 +1,101 @@
+"""Go on from a checkpoint: what it holds (vla/checkpoint.py), back into what learns."""
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.checkpointing import load_accelerator_state
+from accelerate.utils import gather_object
+from accelerate.utils import load as load_tensors
+
+from vla import InputError
+from vla.checkpoint import NAME, find_together, in_one_line, read_state
+from vla.learner import Learner
+from vla.model.policy import VLAPolicy
+from vla.optim import EMA, before_first_step, trained_parameters
+from vla.shards import Rows, files
+
+logger = logging.getLogger(__name__)
+
+
+def load(
+    accelerator: Accelerator, policy: VLAPolicy, optimizer: torch.optim.Optimizer, ema: EMA | None, path: Path
+) -> dict:
+    """Restore policy, optimizer, average and generators from a verified checkpoint. Returns the `state` given to save.
+
+    Nothing of it is executed: JSON, safetensors, and torch.load with weights_only. Raises InputError, having changed
+    nothing, if its names or shapes are not those of the policy.
+    """
+    own = path / f"random_states_{accelerator.process_index}.pkl"
+    if own.exists():  # a process that is new to this run has none
+        load_tensors(own)  # accelerate would ignore one that is broken or unsafe
+    weights, average = Rows.of(path, "model"), Rows.of(path, "ema") if ema else None
+    policy.keep(weights.parts)
+    weights.check(policy.own_state(), "the weights")
+    if ema:
+        average.check(ema.average, "the average")
+    if accelerator.is_fsdp2 or files(path, "optimizer"):
+        _load_rows(policy, optimizer, path, weights)
+        load_accelerator_state(str(path), [], [], [], [], accelerator.process_index, map_location="cpu")  # generators
+    else:
+        accelerator.load_state(str(path), map_location="cpu", strict=False)  # what is frozen may not be in it
+    accelerator.step = 0  # saves fall between steps; a process new to this run has no file to read its count from
+    if ema:
+        ema.load(average)
+    return read_state(path)
+
+
+def _load_rows(policy: VLAPolicy, optimizer: torch.optim.Optimizer, path: Path, weights: Rows) -> None:
+    """Fill policy and optimizer, or the rows of them that this process holds, tensor by tensor from the files."""
+    trained = trained_parameters(policy, optimizer)
+    if files(path, "optimizer"):
+        moments = Rows.of(path, "optimizer")
+    else:  # by number, in the order of the groups
+        saved = torch.load(path / "optimizer.bin", map_location="cpu", mmap=True, weights_only=True)
+        numbers = [number for group in saved["param_groups"] for number in group["params"]]
+        if len(numbers) != len(trained):
+            raise InputError(
+                f"the moments are those of {len(numbers)} parameters, expected {len(trained)}; use the checkpoint with "
+                "the settings that it was made with"
+            )
+        of = dict(zip(numbers, trained, strict=True))
+        moments = Rows({f"{of[n]}/{kind}": [value] for n, has in saved["state"].items() for kind, value in has.items()})
+    moved = {name.rpartition("/")[0] for name in moments.parts}
+    by_muon = {p for group in optimizer.param_groups if group.get("muon") for p in group["params"]}
+    state = {
+        p: optimizer.state.get(p) or before_first_step(p, p in by_muon) for name, p in trained.items() if name in moved
+    }
+    expected = {f"{n}/{kind}": value for n, p in trained.items() if p in state for kind, value in state[p].items()}
+    moments.check(expected, "the moments")
+    for rows, tensors in ((weights, policy.own_state()), (moments, expected)):
+        for name, tensor in tensors.items():
+            rows.read(name, tensor)
+    optimizer.state.clear()
+    optimizer.state.update(state)
+
+
+def restore(learner: Learner, resume_from: str, folder: Path, passed_over: Iterable[Path] = ()) -> tuple[dict, Path]:
+    """Find, verify, load, on all processes together. Returns the `state` given to `save`, and the checkpoint.
+
+    If loading fails on any process, all load the next older checkpoint, whole. Raises InputError if none is left, and
+    at once for a checkpoint that was named.
+    """
+    accelerator = learner.accelerator
+    passed_over = set(passed_over)
+    while True:
+        path, state, problem = find_together(accelerator, resume_from, folder, passed_over), None, ""
+        learner.train_from(int(path.name[-8:]))  # as it was trained then
+        try:
+            state = load(accelerator, learner.policy, learner.optimizer, learner.ema, path)
+        except Exception as failure:  # by every kind of damage another one; all processes must hear of it
+            problem = f"{path} cannot be loaded: {in_one_line(failure)}"
+        problem = next(filter(None, gather_object([problem])), "")
+        if not problem:
+            return state, path
+        if NAME.fullmatch(Path(resume_from).name):
+            raise InputError(problem)
+        if accelerator.is_main_process:
+            logger.warning("%s; trying the one before it", problem)
+        passed_over.add(path)
