@@ -22,7 +22,8 @@ import tyro
 from tqdm import tqdm
 
 from vla import InputError, sim
-from vla.data.write import LeRobotWriter, Pictures, encode
+from vla.data.encode import Pictures, encode
+from vla.data.write import LeRobotWriter
 from vla.options import within
 from vla.workers import Workers
 

@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -19,10 +18,9 @@ import av
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from av.video.reformatter import Colorspace
-from PIL import Image
 
 from vla import InputError
+from vla.data.encode import ENCODERS, Pictures, encode, image_feature
 from vla.data.stats import image_statistics, statistics
 
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
@@ -31,45 +29,11 @@ EPISODES_PATH = "meta/episodes/chunk-000/file-000.parquet"
 SPILL = "spill"  # in the partial folder: state, action and the rows of the episodes table, until all are known
 ROWS_IN_MEMORY = 500  # of the episodes table
 CLOSING_BYTES = 100 * 1024**2  # disk space kept free for the ends of open files and the metadata
-IMAGE_STATISTICS_STRIDE = 10  # every tenth frame tells the colours of an episode: neighbours look alike
 TASK_COLUMNS = (("task_index", "int64", "int64"), ("task", "unicode", "object"))
 PANDAS_TASKS = {  # pandas then reads `task` as the index, which the format asks for
     "index_columns": ["task"],
     "columns": [{"name": n, "field_name": n, "pandas_type": p, "numpy_type": d} for n, p, d in TASK_COLUMNS],
 }
-PIX_FMT = "yuv420p"
-# Every second frame is a key frame, so that any frame is found by decoding two. B-frames would only delay timestamps.
-ENCODERS = {
-    "av1": ("libsvtav1", {"crf": "30", "preset": "12", "g": "2"}),
-    "h264": ("libx264", {"g": "2", "bf": "0"}),
-}
-os.environ.setdefault("SVT_LOG", "1")  # errors alone: the AV1 encoder else prints its settings for every episode
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """What `encode` makes of one camera's pictures of an episode: their bytes as they are stored.
-
-    shape: (L, 3, h, w). data: uint8, PNGs one after the other, or one video. ends: int64, where each ends in data.
-    histogram: int64 [3, 256], how often each colour has each value in every tenth picture.
-    """
-
-    codec: str
-    shape: tuple[int, ...]
-    data: np.ndarray
-    ends: np.ndarray
-    histogram: np.ndarray
-    dtype = "uint8"  # of the pictures
-
-
-def encode(images: np.ndarray, codec: Literal["png", "av1", "h264"], fps: int) -> Pictures:
-    """One camera's pictures of an episode, uint8 [L, 3, h, w], as add_episode takes them in place of the array.
-
-    It is what takes time in writing; where several processes make episodes, each can do it for its own.
-    """
-    files = _pngs(images) if codec == "png" else [_video(images, codec, fps)]
-    data, ends = np.frombuffer(b"".join(files), np.uint8), np.cumsum([len(file) for file in files])
-    return Pictures(codec, images.shape, data, ends, _histogram(images[::IMAGE_STATISTICS_STRIDE]))
 
 
 class LeRobotWriter:
@@ -114,7 +78,7 @@ class LeRobotWriter:
         self.codec = codec
         self.cameras = {name: f"observation.images.{name}" for name in cameras}
         self.features = {
-            self.cameras[name]: _image_feature(codec, fps, int(h), int(w)) for name, (h, w) in cameras.items()
+            self.cameras[name]: image_feature(codec, fps, int(h), int(w)) for name, (h, w) in cameras.items()
         }
         for key, names in {"observation.state": state_names, "action": action_names}.items():
             self.features[key] = {"dtype": "float32", "shape": [len(names)], "names": list(names)}
@@ -365,43 +329,9 @@ def _place(number: int, info: dict) -> dict[str, int]:
     return {"chunk_index": chunk_index, "file_index": file_index}
 
 
-def _image_feature(codec: str, fps: int, h: int, w: int) -> dict:
-    feature = {"dtype": "image", "names": ["channels", "height", "width"], "shape": [3, h, w]}
-    if codec in ENCODERS:
-        info = {"height": h, "width": w, "codec": codec, "pix_fmt": PIX_FMT, "fps": fps, "channels": 3}
-        info = {f"video.{name}": value for name, value in info.items()}
-        feature |= {"dtype": "video", "info": info | {"has_audio": False, "is_depth_map": False}}
-    return feature
-
-
-def _video(images: np.ndarray, codec: str, fps: int) -> bytes:
-    """A video of one episode, uint8 [L, 3, h, w], with an encoder of its own, so that it begins with a key frame."""
-    file = io.BytesIO()
-    name, options = ENCODERS[codec]
-    with av.open(file, "w", format="mp4") as container:
-        stream = container.add_stream(name, rate=fps, options=options, pix_fmt=PIX_FMT)
-        stream.height, stream.width = images.shape[2:]
-        # The colours that frames are converted to; unsaid, a player takes others for large images.
-        stream.codec_context.colorspace = Colorspace.ITU601
-        for image in images:
-            frame = np.ascontiguousarray(image.transpose(1, 2, 0))
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())  # what the encoder still holds
-    return file.getvalue()
-
-
 def _vector_column(values: np.ndarray) -> pa.Array:
     flat = pa.array(values.reshape(-1))
     return flat if values.shape[1] == 1 else pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
-
-
-def _pngs(images: np.ndarray) -> list[bytes]:
-    pngs = []
-    for image in images:
-        png = io.BytesIO()
-        Image.fromarray(image.transpose(1, 2, 0)).save(png, "png", compress_level=1)  # of 9: for speed
-        pngs.append(png.getvalue())
-    return pngs
 
 
 def _image_column(pictures: Pictures) -> pa.StructArray:
@@ -409,7 +339,3 @@ def _image_column(pictures: Pictures) -> pa.StructArray:
     buffers = [None, pa.py_buffer(offsets), pa.py_buffer(pictures.data)]
     pngs = pa.Array.from_buffers(pa.binary(), len(pictures.ends), buffers)
     return pa.StructArray.from_arrays([pngs, pa.nulls(len(pngs), pa.string())], ["bytes", "path"])
-
-
-def _histogram(images: np.ndarray) -> np.ndarray:
-    return np.stack([np.bincount(images[:, c].ravel(), minlength=256) for c in range(3)])  # int64 [3, 256]
