@@ -231,8 +231,13 @@ class RunLog:
 
 
 def gif(frames: np.ndarray, fps: int) -> bytes:
-    """An endless GIF. frames: uint8 [L, h, w, 3]."""
-    pictures = [Image.fromarray(frame) for frame in frames]
+    """An endless GIF in 256 colours, the same for all frames, so that what does not move takes no bytes.
+
+    frames: uint8 [L, h, w, 3].
+    """
+    some = Image.fromarray(np.concatenate(frames[np.linspace(0, len(frames) - 1, num=5, dtype=int)]))
+    colours = some.quantize(256, method=Image.Quantize.FASTOCTREE)  # small things keep theirs
+    pictures = [Image.fromarray(frame).quantize(palette=colours, dither=Image.Dither.NONE) for frame in frames]
     buffer = io.BytesIO()
     pictures[0].save(buffer, "GIF", save_all=True, append_images=pictures[1:], duration=round(1000 / fps), loop=0)
     return buffer.getvalue()
