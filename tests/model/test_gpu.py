@@ -67,7 +67,7 @@ def test_steps_do_not_wait_for_the_gpu(head, own, flags, tmp_path):
 
     own = (*own, "--data.augment.brightness", 0.1, "--data.augment.shift", 0.05, "--data.workers", 1)
     (child,) = train(*flags, "--model.head", head, *own, *LONGER, "--run_dir", tmp_path / "run", before=hook)
-    child.ok()
+    assert "AccumulateGrad" not in child.ok().stderr
 
 
 @pytest.mark.parametrize("micro", [12, 4])

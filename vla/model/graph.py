@@ -57,6 +57,8 @@ def capture_learning(policy: nn.Module, batch: dict[str, Tensor], summed: bool) 
         return values | {"loss": output["loss"].clone()}
 
     policy.forward = forward
+    # Gradients are accumulated on the stream of the capture, and autograd waits for that.
+    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
     for p in policy.parameters():
         if summed and p.requires_grad:  # the sum would else begin where the next pass writes its gradients
             p.register_hook(torch.clone)
