@@ -146,6 +146,17 @@ def test_run_goes_on_from_the_next_older_checkpoint_and_says_so(run):
     assert result(run)["step"] == 16
 
 
+def test_data_are_compared_with_those_that_an_undamaged_checkpoint_names(run):
+    newest, folder = last(run), run / "checkpoints"
+    (data,) = checkpoint.read_state(newest)["data"]
+    flipped, file = data[:-1] + chr(ord(data[-1]) ^ 1), newest / "trainer_state.json"
+    file.write_text(file.read_text().replace(data, flipped))
+    assert checkpoint.read_state(newest)["data"] == [flipped]
+    checkpoint.check_origin(folder, "data", [data])
+    with pytest.raises(InputError, match=r"those that .*step_00000015 was trained on"):
+        checkpoint.check_origin(folder, "data", [flipped])
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_run_whose_checkpoints_are_all_damaged_is_refused_and_not_begun_anew(processes, run):
     for path in checkpoint.all_steps(run / "checkpoints").values():

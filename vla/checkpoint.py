@@ -25,7 +25,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 
 import accelerate
@@ -132,7 +132,7 @@ def commit(temporary: Path, final: Path, others: dict[str, dict]) -> int:
     write_json(temporary / "MANIFEST.json", {"files": entries})
     _flush(temporary / "MANIFEST.json")
     _flush(temporary)
-    verify(temporary, sizes_only=bool(others))  # they have read their files
+    verify(temporary, hashed=() if others else None)  # they have read their files
     replaced = final.with_name(f".replaced_{final.name}")
     if final.exists():  # damaged, or of a future that was left by resuming from before it
         shutil.rmtree(replaced, ignore_errors=True)
@@ -191,6 +191,7 @@ def check_origin(folder: Path, what: str, digests: list[str]) -> None:
     name = {"data": "the data of --data.path", "base": "the frozen weights of --model.backbone"}[what]
     for path in reversed(all_steps(folder).values()):
         try:
+            verify(path, hashed=["trainer_state.json"])
             recorded = read_state(path)[what]
         except (InputError, KeyError):  # a damaged one; `find` says so
             continue
@@ -202,8 +203,11 @@ def check_origin(folder: Path, what: str, digests: list[str]) -> None:
         return
 
 
-def verify(path: Path, sizes_only: bool = False) -> None:
-    """Raises InputError, naming the file, unless the checkpoint is exactly what was committed."""
+def verify(path: Path, hashed: Container[str] | None = None) -> None:
+    """Raises InputError, naming the file, unless the checkpoint is exactly what was committed.
+
+    hashed: the files whose hashes are compared, beside the sizes of all; default all.
+    """
     try:
         manifest = json.loads((path / "MANIFEST.json").read_text())
         listed = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
@@ -215,10 +219,11 @@ def verify(path: Path, sizes_only: bool = False) -> None:
         raise InputError(f"{path} is no whole checkpoint: MANIFEST.json does not list {', '.join(sorted(missing))}")
     if strange := there.keys() ^ {*listed, "MANIFEST.json"} | {name for name, is_file in there.items() if not is_file}:
         raise InputError(f"{path} does not hold what its MANIFEST.json lists: look at {', '.join(sorted(strange))}")
+    hashed = listed if hashed is None else hashed
     for name, (size, digest) in listed.items():
         file = path / name
         try:
-            if file.stat().st_size != size or (not sizes_only and _sha256(file) != digest):
+            if file.stat().st_size != size or (name in hashed and _sha256(file) != digest):
                 raise InputError(f"{file} is damaged: its size or hash is not the manifest's")
         except OSError as failure:
             raise InputError(f"{file} cannot be read: {failure}") from None

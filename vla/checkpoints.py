@@ -31,7 +31,7 @@ def look(folder: Path, hashes: bool) -> tuple[dict[Path, dict], dict[Path, str],
     paths = checkpoint.all_steps(folder).values()
     for path in tqdm(paths, "verifying", unit="checkpoint", leave=False, disable=not hashes):
         try:
-            checkpoint.verify(path, sizes_only=not hashes)
+            checkpoint.verify(path, hashed=None if hashes else ())
             state = checkpoint.read_state(path)
             needed = ("bad_in_a_row", "best_step", "evaluated", "metric", "score", "step")
             good[path] = {name: state[name] for name in needed}

@@ -266,7 +266,7 @@ class Saver:
     def _is_good(self, path: Path) -> bool:
         """Whole, by its hashes once, then by its sizes alone."""
         try:
-            checkpoint.verify(path, sizes_only=path in self.good)
+            checkpoint.verify(path, hashed=() if path in self.good else None)
         except InputError as failure:
             logger.warning("%s", failure)
             return False
