@@ -267,13 +267,14 @@ def main(config: RolloutConfig) -> None:
                 policy, see=lambda i, seen: seen | {"instruction": words[i - 1]}, **options
             ),
         }
-        result["baselines"] = {name: rate(done) for name, done in baselines.items()}
+        result["baselines"] = {name: rate(done, tiers) for name, done in baselines.items()}
     if config.gif:
         Path(config.gif).write_bytes(gif(grid([episodes[i] for i in shown]), film_fps(world.fps)))
     if config.out:
         Path(config.out).write_text(json.dumps(result, indent=2) + "\n")
     for name, baseline in result.get("baselines", {}).items():
-        print(f"{name}: {_percent(baseline)}")
+        mean = f", mean of the {len(tiers)} tiers {baseline['tier_mean']:.1f} %" if "tier_mean" in baseline else ""
+        print(f"{name}: {_percent(baseline)}{mean}")
     if tiers:
         print(table(result, tiers))
     if "tier_mean" in result:
@@ -305,10 +306,20 @@ def origin(policy: Path, device: str) -> dict:
     }
 
 
-def rate(episodes: list[Episode]) -> dict:
-    """success_rate, its 95 % interval, and the number of episodes."""
+def rate(episodes: list[Episode], tiers: dict[str, tuple[str, ...]] | None = None) -> dict:
+    """success_rate, its 95 % interval, and the number of episodes, together and in each of the tiers that was played.
+
+    With episodes of all tiers also tier_mean, the mean of their rates in percent.
+    """
     successes, count = sum(episode.success for episode in episodes), len(episodes)
-    return {"success_rate": successes / count, "interval": interval(successes, count), "episodes": count}
+    whole = {"success_rate": successes / count, "interval": interval(successes, count), "episodes": count}
+    if not tiers:
+        return whole
+    played = {tier: [episode for episode in episodes if episode.task in tasks] for tier, tasks in tiers.items()}
+    by_tier = {tier: rate(each) for tier, each in played.items() if each}
+    if len(by_tier) == len(tiers):
+        whole["tier_mean"] = 100 * sum(each["success_rate"] for each in by_tier.values()) / len(tiers)
+    return whole | {"tiers": by_tier}
 
 
 def grouped(episodes: list[Episode], key: Callable[[Episode], str]) -> dict[str, list[Episode]]:
@@ -320,17 +331,9 @@ def grouped(episodes: list[Episode], key: Callable[[Episode], str]) -> dict[str,
 
 
 def summary(episodes: list[Episode], tiers: dict[str, tuple[str, ...]]) -> dict:
-    """success_rate, its 95 % interval, all that it comes from, and the same of each task and tier that was played.
-
-    With episodes of all tiers also tier_mean, the mean of their rates in percent.
-    """
-    of = {task: tier for tier, tasks in tiers.items() for task in tasks}
-    by_tier = {t: rate(e) for t, e in grouped([e for e in episodes if e.task in of], lambda e: of[e.task]).items()}
-    rates = [each["success_rate"] for each in by_tier.values()]
+    """Their rate, in tiers too, all that it comes from, and the rate of each task and instruction."""
     return {
-        **({"tier_mean": 100 * sum(rates) / len(rates)} if tiers and len(rates) == len(tiers) else {}),
-        **rate(episodes),
-        "tiers": {tier: by_tier[tier] for tier in tiers if tier in by_tier},
+        **rate(episodes, tiers),
         "tasks": {task: rate(each) for task, each in grouped(episodes, lambda e: e.task).items()},
         "mean_steps": sum(episode.steps for episode in episodes) / len(episodes),
         "seeds": [episode.seed for episode in episodes],

@@ -292,14 +292,18 @@ def test_collected_demonstrations_are_those_of_the_expert(tmp_path, capsys):
 def test_command_tells_of_tasks_and_tiers(tmp_path, capsys):
     config = {"image_size": (32, 32), "cameras": Metaworld.cameras, "datasets": (SPEC,)}
     tiny(**config, chunk_size=100, n_action_steps=100).save_pretrained(tmp_path / "export")
-    options = {"out": str(tmp_path / "result.json"), "device": "cpu", "workers": 2}
+    options = {"out": str(tmp_path / "result.json"), "device": "cpu", "workers": 2, "baselines": True}
     config = rollout.RolloutConfig(str(tmp_path / "export"), "metaworld", 3, sim.TEST_SEEDS + 8, **options)
     rollout.main(config)
     result, told = json.loads(Path(config.out).read_text()), capsys.readouterr().out
     assert list(result["tasks"]) == list(TASKS[8:11]) == ["coffee-button-v3", "coffee-pull-v3", "coffee-push-v3"]
     assert {tier: each["episodes"] for tier, each in result["tiers"].items()} == {"easy": 1, "medium": 2}
     assert "tier_mean" not in result  # of tiers that were not played
-    assert [line.split()[0] for line in told.splitlines()[:5]] == ["easy", TASKS[8], "medium", *TASKS[9:11]]
+    assert result["baselines"]["expert"]["tiers"] == {
+        tier: {"success_rate": 1.0, "interval": list(rollout.interval(n, n)), "episodes": n}
+        for tier, n in {"easy": 1, "medium": 2}.items()
+    }
+    assert [line.split()[0] for line in told.splitlines()[4:9]] == ["easy", TASKS[8], "medium", *TASKS[9:11]]
 
 
 def test_tier_mean_weighs_tiers_equally_and_is_in_percent():

@@ -45,6 +45,8 @@ def capture_learning(policy: nn.Module, batch: dict[str, Tensor], summed: bool) 
     are not the same launches every time.
     """
     names = list(batch)
+    # Gradients are accumulated on the stream of the capture; autograd waits for that.
+    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
     try:
         replay = torch.cuda.make_graphed_callables(policy, (batch,)).forward  # the policy's own while it evaluates
     except RuntimeError as failure:
@@ -57,8 +59,6 @@ def capture_learning(policy: nn.Module, batch: dict[str, Tensor], summed: bool) 
         return values | {"loss": output["loss"].clone()}
 
     policy.forward = forward
-    # Gradients are accumulated on the stream of the capture, and autograd waits for that.
-    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
     for p in policy.parameters():
         if summed and p.requires_grad:  # the sum would else begin where the next pass writes its gradients
             p.register_hook(torch.clone)
