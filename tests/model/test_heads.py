@@ -108,7 +108,7 @@ def test_flow_target_is_noise_minus_actions_on_the_straight_path_between_them():
         seen.update(noisy=noisy, t=t)
         return velocity
 
-    flow.velocity = decoder
+    flow.velocity, flow.embed_time = decoder, lambda t: t
     terms = flow.loss(**given)
     noise = keyed.normal(given["key"], keyed.FLOW_NOISE, (H, A))
     t = 0.001 + 0.999 * keyed.uniform(given["key"], keyed.FLOW_TIME).double() ** (2 / 3)
@@ -132,6 +132,7 @@ def test_flow_loss_compares_the_decoders_own_output(robots):
 def test_flow_time_has_the_beta_distribution():
     flow, count, seen = head("flow"), 40_000, []
     flow.velocity = lambda hidden, mask, state, noisy, t, visible: seen.append(t) or noisy
+    flow.embed_time = lambda t: t
     key = keyed.derive(0, torch.arange(count))
     flow.loss(None, None, None, torch.zeros(count, H, A), torch.ones(count, H, A, dtype=torch.bool), key, scale())
     t = seen[0].double()

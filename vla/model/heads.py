@@ -110,10 +110,13 @@ class FlowHead(nn.Module):
         periods = 4e-3 * 1000 ** torch.linspace(0, 1, 32)  # of sines, from 0.004 to 4
         self.register_buffer("frequencies", 2 * torch.pi / periods, persistent=False)
 
-    def velocity(self, hidden, mask, state, noisy: Tensor, t: Tensor, visible: Tensor | None = None) -> Tensor:
-        """noisy: [B, H, A], t: [B] in (0, 1] -> d noisy / dt, [B, H, A]."""
+    def embed_time(self, t: Tensor) -> Tensor:
+        """Flow times [B] in (0, 1], embedded [B, D]."""
         angle = t[:, None] * self.frequencies
-        time = self.time(torch.cat([angle.sin(), angle.cos()], dim=-1))  # [B, D]
+        return self.time(torch.cat([angle.sin(), angle.cos()], dim=-1))
+
+    def velocity(self, hidden, mask, state, noisy: Tensor, time: Tensor, visible: Tensor | None = None) -> Tensor:
+        """noisy: [B, H, A], time: embedded [B, D] or [1, D] -> d noisy / dt, [B, H, A]."""
         return self.decoder(hidden, mask, state, self.action(noisy) + time[:, None], visible)
 
     def loss(self, hidden, mask, state, actions: Tensor, valid: Tensor, key: Tensor, scale: Scale) -> dict[str, Tensor]:
@@ -122,16 +125,16 @@ class FlowHead(nn.Module):
         noise = keyed.normal(key, keyed.FLOW_NOISE, self.chunk).where(scale.real, 0)
         noisy = t[:, None, None] * noise + (1 - t[:, None, None]) * actions
         # Slots past the end of an episode hold no action: the others must not see what stands there.
-        error = self.velocity(hidden, mask, state, noisy, t, visible=valid.any(-1)) - (noise - actions)
+        error = self.velocity(hidden, mask, state, noisy, self.embed_time(t), visible=valid.any(-1)) - (noise - actions)
         return {"flow": sample_mean(error.square(), valid)}
 
     def sample(self, hidden, mask, state, key: Tensor, scale: Scale) -> Tensor:
         """Euler steps from the noise of each sample's key. -> actions in the robot's units [B, H, A]."""
         actions = keyed.normal(key, keyed.FLOW_NOISE, self.chunk).where(scale.real, 0)
         hidden = self.decoder.keys_values(hidden)
-        for step in range(self.steps):
-            t = torch.full((len(actions),), 1 - step / self.steps, device=actions.device)
-            velocity = self.velocity(hidden, mask, state, actions, t).where(scale.real, 0)
+        t = torch.arange(self.steps, 0, -1, device=actions.device) / self.steps  # from 1 down
+        for time in self.embed_time(t).split(1):
+            velocity = self.velocity(hidden, mask, state, actions, time).where(scale.real, 0)
             actions = actions - velocity / self.steps
         return scale.inverse(actions)
 

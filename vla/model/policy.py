@@ -381,7 +381,8 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
         """
         place = self.config.place(self.driven.name)
         batch = observation.collate(self.config, place, self.tokenize, observations, key)
-        return {name: value.to(self.state_norm.offset.device) for name, value in batch.items()}
+        device = self.state_norm.offset.device  # not to wait is safe: pageable memory is read before the call returns
+        return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
 
     def reset(self, seed: int = 0) -> None:
         """Forget the queue of actions, at the start of an episode; `seed` fixes the noise of a flow head."""
