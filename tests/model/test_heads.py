@@ -129,6 +129,20 @@ def test_flow_loss_compares_the_decoders_own_output(robots):
     close(flow.loss(**given)["flow"], mean_of_valid(lambda b, h, a: float(out[b, h, a] - target[b, h, a]) ** 2, robots))
 
 
+def test_flow_time_is_seen_as_sines_and_cosines_of_periods_from_0_004_to_4():
+    flow, t = head("flow"), torch.tensor([0.001, 0.3, 1.0])
+    seen = []
+    flow.time.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    embedded = flow.embed_time(t)
+    angles = [[2 * math.pi * float(x) / (0.004 * 1000 ** (i / 31)) for i in range(32)] for x in t]
+    expected = [[*map(math.sin, row), *map(math.cos, row)] for row in angles]
+    close(seen[0], torch.tensor(expected), atol=2e-4)  # the fastest goes round 250 times, in float32
+    assert not torch.allclose(embedded[0], embedded[1])
+    flow.decoder.forward = lambda hidden, mask, state, slots, visible: slots
+    noisy = normal(3, H, A)
+    assert torch.equal(flow.velocity(None, None, None, noisy, embedded), flow.action(noisy) + embedded[:, None])
+
+
 def test_flow_time_has_the_beta_distribution():
     flow, count, seen = head("flow"), 40_000, []
     flow.velocity = lambda hidden, mask, state, noisy, t, visible: seen.append(t) or noisy
