@@ -40,12 +40,14 @@ def train(
     until: int | None = None,
     saved: bool = False,
     cpu: bool = False,
+    compiling: bool = False,
 ) -> dict:
     """Figures of a run, new or gone on with from a copy of another's folder, to its end or killed after step `until`.
 
     saved: not killed before a checkpoint was written either. Kills are SIGKILL, to all processes at once. to_first:
     seconds from the command to the first step logged; peak_gb: as torch allocated on the main process's GPU;
-    samples/s: median over the lines of the log. Raises FailedError.
+    samples/s: median over the lines of the log. compiling: also how often torch.compile made another program of a
+    function (recompiled), and how often it gave up within one (graph_breaks). Raises FailedError.
     """
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{yaml}.yaml"]
     command += ["--num_processes", processes, "--main_process_port", 0, "train.py", *flags.split()]  # 0: any free one
@@ -57,7 +59,9 @@ def train(
         shutil.copytree(begun, run, copy_function=os.link, ignore=left_out)
     first = None
     with tempfile.TemporaryFile("w+") as said:
-        env, began = os.environ | (ON_CPU if cpu else {}), time.perf_counter()
+        env = os.environ | (ON_CPU if cpu else {})
+        env |= {"TORCH_LOGS": "recompiles,graph_breaks"} if compiling else {}
+        began = time.perf_counter()
         job = psutil.Popen([*map(str, command)], cwd=ROOT, env=env, stdout=said, stderr=said)
         ended = enough = False
         while not ended and not enough:
@@ -85,4 +89,7 @@ def train(
     figures["peak_gb"] = max(row.get("memory/peak_gb", 0) for row in steps) or None
     figures["data_wait"] = statistics.median(row["perf/data_wait_share"] for row in steps)
     figures["samples/s"] = statistics.median(row["perf/samples_per_second"] for row in steps)
+    if compiling:
+        figures["recompiled"] = words.count("Recompiling function")
+        figures["graph_breaks"] = words.count("Graph break in user code")
     return figures | {"losses": {row["step"]: row["train/loss"] for row in steps}}

@@ -14,7 +14,7 @@ parameters, over batches that lie on the device, in bf16.
 
 utilization: floating-point operations of the limit (counted by torch on the policy that is not compiled) over those of
 a large matrix product in the same run. Of train.py also what the device was busy with, from a trace of 5 steps, by what
-launched it.
+launched it, and how often torch.compile made another program of a function in the whole run with its evaluation.
 """
 
 import gzip
@@ -108,7 +108,7 @@ def measure(name: str, folder: Path, asked: Namespace) -> dict:
                 found[side].append(json.loads(done.stdout.splitlines()[-1]))
     if "train" in asked.sides:
         traced = f"{flags} --log.profile {TRACED} --steps {WARM + TRACED} --eval.every 0 {UNSAVED}"
-        train(folder / "traced", traced, yaml=YAML)
+        found["traced"] = train(folder / "traced", traced, yaml=YAML, compiling=True)
         found["parts"] = parts(next((folder / "traced/profile").iterdir()))
     return found
 
@@ -155,6 +155,7 @@ def tell(name: str, found: dict) -> None:
     if "parts" in found:
         waits = statistics.median(row["data_wait"] for row in found["train"])
         print(f"  waiting for data {waits:.1%},", ", ".join(f"{p} {share:.1%}" for p, share in found["parts"].items()))
+        print("  {recompiled} recompiled, {graph_breaks} graph breaks".format(**found["traced"]))
     if "limit" in found:
         used = statistics.median(row["utilization"] for row in found["limit"])
         rate = statistics.median(row["matmul_flops"] for row in found["limit"])
