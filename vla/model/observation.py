@@ -20,17 +20,22 @@ def collate(
     tokenize: Callable[[list[str]], tuple[Tensor, Tensor]],
     observations: list[dict],
     key: Tensor,
+    pinned: bool = False,
 ) -> dict[str, Tensor]:
     """What VLAPolicy takes, on the CPU, of what the robot of this data set observes (see VLAPolicy.collate).
 
-    tokenize: -> int64 [B, T], bool [B, T]. key: int64 [B]. Raises InputError.
+    tokenize: -> int64 [B, T], bool [B, T]. key: int64 [B]. pinned: images lie where a GPU fetches them itself. Raises
+    InputError.
     """
     robot, size = config.datasets[dataset], len(observations)
     tokens, token_mask = tokenize([seen["instruction"] for seen in observations])
     has = torch.tensor([camera in robot.cameras for camera in config.cameras])
+    images = torch.empty(size, len(has), 3, *config.image_size, dtype=torch.uint8, pin_memory=pinned)
+    for view, seen in zip(images.numpy(), observations, strict=True):
+        _look(view, seen["images"], robot, config)
     return {
         "dataset": torch.full((size,), dataset),
-        "images": torch.from_numpy(np.stack([_images(seen["images"], robot, config) for seen in observations])),
+        "images": images,
         "image_mask": has.repeat(size, 1),
         "state": torch.from_numpy(np.stack([_state(seen["state"], robot, config) for seen in observations])),
         "tokens": tokens,
@@ -39,25 +44,28 @@ def collate(
     }
 
 
-def _images(seen: np.ndarray | dict[str, np.ndarray], robot: DatasetSpec, config: PolicyConfig) -> np.ndarray:
-    """What the robot sees, as all of the policy's cameras: uint8 [N, 3, h, w], 0 where it has none."""
-    images, size = seen, config.image_size
+def _look(view: np.ndarray, seen: np.ndarray | dict[str, np.ndarray], robot: DatasetSpec, config: PolicyConfig) -> None:
+    """Write what the robot sees as all of the policy's cameras, 0 where it has none. view: uint8 [N, 3, h, w]."""
+    images = seen
     if not isinstance(seen, dict) and len(seen) == len(robot.cameras):
         images = dict(zip(robot.cameras, seen, strict=True))
     if not isinstance(images, dict) or images.keys() != set(robot.cameras):
         found = f"images of {', '.join(seen)}" if isinstance(seen, dict) else f"{len(seen)} images"
         expected = f"those of the cameras of {robot.name}: {', '.join(robot.cameras)}"
         raise InputError(f"the observation has {found}, expected {expected}")
-    view = np.zeros((len(config.cameras), 3, *size), np.uint8)
-    for camera, image in images.items():
-        pixels = np.asarray(image)
-        if pixels.dtype != np.uint8 or pixels.ndim != 3 or len(pixels) != 3:
-            found = f"{pixels.dtype} {list(pixels.shape)}"
-            raise InputError(f"the observation's image of {camera} is {found}, expected uint8 [3, height, width]")
-        if pixels.shape[1:] != size:  # from a copy: torch warns of memory that it may not write
-            pixels = resize_with_padding(torch.from_numpy(pixels.copy())[None], size)[0].numpy()
-        view[config.cameras.index(camera)] = pixels
-    return view
+    for camera, own in zip(config.cameras, view, strict=True):
+        own[:] = _pixels(images[camera], camera, config.image_size) if camera in images else 0
+
+
+def _pixels(image: np.ndarray, camera: str, size: tuple[int, int]) -> np.ndarray:
+    """What a camera sees, in the policy's size, uint8 [3, h, w]."""
+    pixels = np.asarray(image)
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or len(pixels) != 3:
+        found = f"{pixels.dtype} {list(pixels.shape)}"
+        raise InputError(f"the observation's image of {camera} is {found}, expected uint8 [3, height, width]")
+    if pixels.shape[1:] != size:  # from a copy: torch warns of memory that it may not write
+        pixels = resize_with_padding(torch.from_numpy(pixels.copy())[None], size)[0].numpy()
+    return pixels
 
 
 def _state(state: np.ndarray, robot: DatasetSpec, config: PolicyConfig) -> np.ndarray:

@@ -379,9 +379,8 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
         order, or by name uint8 [3, H, W] each), state (float32, of the robot's own dimensions) and instruction (str).
         Raises InputError for images and states that are not those of the robot.
         """
-        place = self.config.place(self.driven.name)
-        batch = observation.collate(self.config, place, self.tokenize, observations, key)
-        device = self.state_norm.offset.device  # not to wait is safe: pageable memory is read before the call returns
+        place, device = self.config.place(self.driven.name), self.state_norm.offset.device
+        batch = observation.collate(self.config, place, self.tokenize, observations, key, device.type == "cuda")
         return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
 
     def reset(self, seed: int = 0) -> None:
