@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vla import InputError, keyed
 from vla.config import LoraConfig
-from vla.model import backbone, observation, pretrained
+from vla.model import backbone, encoders, observation, pretrained
 from vla.model.graph import Graph
 from vla.model.heads import HEADS
 from vla.model.lora import add_adapters, merge_adapters, submodule
@@ -107,7 +107,7 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
         """Leave out of training what images do not depend on, which would get no gradient; before a training."""
         self.freeze_at(math.inf)
         if self.backbone and any(p.requires_grad for p in self.vision_encoder.parameters()):
-            unused = set(pretrained.unused(self.vision_encoder, self.config.image_size))
+            unused = set(encoders.unused(self.vision_encoder, self.config.image_size))
             self._never |= {name for name, p in self.named_parameters() if p in unused}
         self.freeze_at(0)
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from vla import InputError
 from vla.config import ModelConfig
+from vla.model.encoders import PatchEncoder, Projector, VisionEncoder
 from vla.model.originals import Originals
-from vla.model.pixels import Pixels, patches
+from vla.model.pixels import Pixels
 
 
 @dataclass(frozen=True)
@@ -56,87 +57,6 @@ FAMILIES = {
     ),
     "qwen3_vl": _QWEN,
 }
-
-
-class VisionEncoder(nn.Module):
-    """The part of a pretrained model that makes image tokens, after the preprocessing of its own processor."""
-
-    def __init__(self, model: nn.Module, pixels: Pixels):
-        super().__init__()
-        self.model, self.pixels, self.kind = model, pixels, model.config.model_type
-        grid = [1, *(size // model.config.vision_config.patch_size for size in pixels.size)]  # frames, rows, columns
-        self.register_buffer("grid", torch.tensor([grid]), persistent=False)
-        if self.kind in ("smolvlm", "idefics3"):
-            seen, embeddings = [], model.vision_model.embeddings
-            hook = embeddings.position_embedding.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-            with torch.no_grad():
-                embeddings(torch.zeros(1, 3, *pixels.size), torch.ones(1, *grid[1:], dtype=torch.bool))
-            hook.remove()
-            self.register_buffer("places", seen[0], persistent=False)  # int64 [1, patches]
-
-    def forward(self, images: Tensor) -> Tensor:
-        """uint8 [B, N, 3, h, w] -> [B, N · I, D · (1 + K)]: the tokens, beside those for the decoder's first layers."""
-        B, N = images.shape[:2]
-        pixels = self.pixels(images.flatten(0, 1))  # [B · N, 3, H, W]
-        pixels = pixels.to(next(self.model.parameters()).dtype)
-        if self.kind in ("smolvlm", "idefics3"):
-            return self._whole_pictures(pixels).unflatten(0, (B, N)).flatten(1, 2)
-        if self.kind == "paligemma":
-            features = self.model.get_image_features(pixels)
-        else:
-            vision = self.model.config.vision_config
-            flat = patches(pixels, vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
-            features = self.model.get_image_features(flat, self.grid.expand(B * N, -1))
-        levels = [features.pooler_output, *(getattr(features, "deepstack_features", None) or [])]
-        levels = [level if isinstance(level, Tensor) else torch.cat(level) for level in levels]
-        return torch.cat([level.reshape(B, -1, level.shape[-1]) for level in levels], dim=-1)
-
-    def _whole_pictures(self, pixels: Tensor) -> Tensor:
-        """What SmolVLM's get_image_features gives, which looks for empty pictures and parts of them: the device would
-        be waited for three times, and attention needs no mask. [B · N, 3, H, W] -> [B · N, I, D].
-        """
-        vision = self.model.vision_model
-        patch = vision.embeddings.patch_embedding  # as a matrix product, which a GPU does faster than a convolution
-        flat = patches(pixels, vision.embeddings.patch_size, merge=1, frames=1).unflatten(0, (len(pixels), -1))
-        embedded = F.linear(flat, patch.weight.flatten(1), patch.bias)
-        embedded = embedded + vision.embeddings.position_embedding(self.places)
-        features = vision.encoder(inputs_embeds=embedded, attention_mask=None).last_hidden_state
-        return self.model.connector(vision.post_layernorm(features))
-
-
-class PatchEncoder(nn.Module):
-    """Any image encoder that gives features of patches, after the preprocessing of its own processor."""
-
-    def __init__(self, model: nn.Module, pixels: Pixels):
-        super().__init__()
-        self.model, self.pixels, self.patch = model, pixels, model.config.patch_size
-        self.grid = tuple(size // self.patch for size in pixels.size)
-        self.register_buffer("shape", torch.tensor([self.grid]), persistent=False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """uint8 [B, N, 3, h, w] -> features of the patches [B, N · I, width]."""
-        pixels = self.pixels(images.flatten(0, 1)).to(next(self.model.parameters()).dtype)  # [B · N, 3, H, W]
-        if self.model.config.model_type.startswith("siglip2"):  # of any aspect: it takes flat patches and their grid
-            p, count = self.patch, len(pixels)
-            grid = pixels.unfold(2, p, p).unfold(3, p, p)  # [B · N, 3, rows, columns, p, p]
-            flat = grid.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)  # [B · N, I, p · p · 3]
-            mask = torch.ones(flat.shape[:2], dtype=torch.int64, device=flat.device)
-            features = self.model(flat, mask, self.shape.expand(count, -1)).last_hidden_state
-        else:
-            features = self.model(pixels).last_hidden_state
-        features = features[:, -self.grid[0] * self.grid[1] :]  # behind the tokens for the whole image, if any
-        return features.unflatten(0, images.shape[:2]).flatten(1, 2)
-
-
-class Projector(nn.Sequential):
-    """Two linear maps that take image features to the width of a decoder (LLaVA-1.5, Liu et al., 2023)."""
-
-    def __init__(self, features: int, width: int):
-        super().__init__(nn.LayerNorm(features), nn.Linear(features, width), nn.GELU(), nn.Linear(width, width))
-
-    def forward(self, features: Tensor) -> Tensor:
-        """[..., features], perhaps of a frozen encoder in bfloat16 -> [..., width]."""
-        return super().forward(features.to(self[0].weight.dtype))
 
 
 class Layout(NamedTuple):
@@ -359,22 +279,6 @@ def _pixels(originals: Originals, flag: str, *sizes) -> Pixels:
             f"preprocessor_config.json of --model.{flag} cannot be used ({type(failure).__name__}: {failure}); "
             "correct it"
         ) from None
-
-
-def unused(encoder: nn.Module, image_size: tuple[int, int]) -> list[nn.Parameter]:
-    """The parameters that image tokens do not depend on, such as those of a token that hides patches."""
-    parameters = [p for p in encoder.parameters() if p.requires_grad]
-    with torch.enable_grad():
-        try:
-            tokens = encoder(torch.zeros(1, 1, 3, *image_size, dtype=torch.uint8))
-        except (RuntimeError, ValueError) as failure:  # each model has its own words for it
-            made, reason = "x".join(map(str, encoder.pixels.size)), str(failure).partition("\n")[0]
-            raise InputError(
-                f"the image encoder does not take images of {made}, as its preprocessor_config.json makes them "
-                f"({reason}); correct that file"
-            ) from None
-        gradients = torch.autograd.grad(tokens.sum(), parameters, allow_unused=True)
-    return [p for p, gradient in zip(parameters, gradients, strict=True) if gradient is None]
 
 
 def _first_layers(flag: str, config, model: ModelConfig):
