@@ -64,8 +64,7 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
         else:
             self.vision_encoder = backbone.VisionEncoder(model, cameras, config.image_size)
             self.language_model = backbone.LanguageModel(model)
-        width = self.language_model.width
-        self.action_head = HEADS[model.head](model, width, config.state_dim, config.action_dim)
+        self.action_head = HEADS[model.head](model, self.language_model.width, config.state_dim, config.action_dim)
         self.state_norm = Normalizer({s.name: len(s.state_names) for s in config.datasets}, model.normalization)
         self.action_norm = Normalizer({s.name: len(s.action_names) for s in config.datasets}, model.normalization)
         if model.gradient_checkpointing:
@@ -347,6 +346,7 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
 
         self.eval()
         self.compile()
+        self.action_head.decoder.compile()  # as a whole: what stands between its layers is launched for each of them
         for part in self.modules():  # what autocast would round again in each call
             if isinstance(part, (nn.Linear, nn.Conv1d, nn.Conv2d)):
                 part.to(dtype)
