@@ -1,8 +1,19 @@
-"""What tests of pictures share."""
+"""What tests of data sets share."""
 
 import pytest
+from lerobot_sets import write
 
 from vla.data import frames
+
+
+@pytest.fixture(scope="session")
+def png(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("sets") / "png")
+
+
+@pytest.fixture(scope="session")
+def h264(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("sets") / "h264", codec="h264")
 
 
 @pytest.fixture

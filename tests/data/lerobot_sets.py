@@ -144,6 +144,17 @@ def edit_info(root, change):
     (root / "meta/info.json").write_text(json.dumps(info))
 
 
+def features(**changes):
+    """A change of info.json: the features whose names end so are updated."""
+
+    def change(info):
+        for name, feature in changes.items():
+            key = next(key for key in info["features"] if key.endswith(name))
+            info["features"][key].update(feature)
+
+    return lambda root: edit_info(root, change)
+
+
 def column(path, name):
     return pq.ParquetFile(path).read().column(name).to_pylist()
 

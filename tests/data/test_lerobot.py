@@ -1,5 +1,3 @@
-import pickle
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,7 +11,7 @@ from lerobot_sets import (
     copy,
     edit_columns,
     edit_info,
-    edit_value,
+    features,
     images_of,
     made_up,
     noise,
@@ -31,16 +29,6 @@ ALL = np.arange(F)
 SMALL_FILES = {"chunks_size": 2, "data_files_size_in_mb": 0, "video_files_size_in_mb": 0}  # an episode each
 SHOWN = np.stack([ALL, 100 + ALL], axis=1)  # by the two cameras
 CODEC_ERROR = {"h264": 3.0, "av1": 3.0}  # mean over all pixels, of 255 levels
-
-
-@pytest.fixture(scope="module")
-def png(tmp_path_factory):
-    return write(tmp_path_factory.mktemp("sets") / "png")
-
-
-@pytest.fixture(scope="module")
-def h264(tmp_path_factory):
-    return write(tmp_path_factory.mktemp("sets") / "h264", codec="h264")
 
 
 @pytest.fixture
@@ -136,17 +124,6 @@ def test_cameras_are_chosen_ordered_and_renamed(png, options, names, order):
     data = LeRobotDataset(png, **options)
     assert data.cameras == names
     np.testing.assert_array_equal(numbers(data.images(ALL)), SHOWN[:, order])
-
-
-def features(**changes):
-    """A change of info.json: the features whose names end so are updated."""
-
-    def change(info):
-        for name, feature in changes.items():
-            key = next(key for key in info["features"] if key.endswith(name))
-            info["features"][key].update(feature)
-
-    return lambda root: edit_info(root, change)
 
 
 def retyped(name, kind):
@@ -346,82 +323,6 @@ def test_resized_pictures_keep_their_aspect_and_are_black_around(tmp_path, size,
     for number, image in enumerate(expected):
         image[:, rows, columns] = plain(number, (1, 1))
     np.testing.assert_array_equal(images, expected)
-
-
-def test_numbers_are_mapped_not_held_and_a_data_set_travels_to_workers_as_paths(tmp_path):
-    root = write(tmp_path / "set", made_up((400, 600), cameras=("top",), size=(2, 4), draw=noise))
-    data = LeRobotDataset(root)
-    for values in (data.state, data.actions, data.task_index):
-        assert isinstance(values, np.memmap)
-        assert not values.flags.writeable
-    sent = pickle.dumps(data)
-    assert len(sent) < data.state.nbytes / 2
-    np.testing.assert_array_equal(pickle.loads(sent).actions, data.actions)
-
-
-def left_behind(root):
-    """What opening a data set has made in its folder, and when."""
-    return {path: path.stat().st_mtime_ns for path in sorted((root / ".vla_cache").rglob("*.*"))}
-
-
-def test_index_is_made_once_and_again_when_a_file_changes_even_in_place(root):
-    LeRobotDataset(root)
-    before = left_behind(root)
-    LeRobotDataset(root)
-    assert left_behind(root) == before
-
-    (path,), content = root.glob("data/*/*"), (root / DATA).read_bytes()
-    old = made_up()[2]["actions"][1, :1]
-    assert content.count(old.tobytes()) == 1
-    path.write_bytes(content.replace(old.tobytes(), np.float32(0.125).tobytes()))
-    assert path.stat().st_size == len(content)
-    data = LeRobotDataset(root)
-    assert data.actions[8, 0] == 0.125
-    assert set(before) < set(left_behind(root))
-
-    (root / "meta/tasks.parquet").write_bytes((root / "meta/tasks.parquet").read_bytes().replace(b"task 1", b"taste1"))
-    assert LeRobotDataset(root).instructions == ["task 0", "taste1"]
-
-
-def test_index_and_pictures_lie_in_the_folder_asked_for(root, tmp_path):
-    data = LeRobotDataset(root, cache_dir=tmp_path / "fast/disk")
-    numbers_equal(data, made_up())
-    assert not (root / ".vla_cache").exists()
-    assert len(list((tmp_path / "fast/disk").glob("*/frames.npy"))) == 2
-
-
-def swapped_images(root):
-    images = column(root / DATA, "observation.images.wrist")
-    edit_columns(root / DATA, {"observation.images.wrist": [*images[1::-1], *images[2:]]})
-
-
-def another_packet(root):
-    (path,) = root.glob("videos/*wrist/*/*.mp4")
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-DIFFERENT = {
-    "an action": ("h264", lambda root: edit_columns(root / DATA, {"action": [[0.5 * i, 1.0 - i] for i in range(F)]})),
-    "a state": ("h264", lambda root: edit_value(root / DATA, "observation.state", 5, [0.0, 1.0, 2.0])),
-    "a task": ("h264", lambda root: edit_value(root / DATA, "task_index", 0, 1)),
-    "an instruction": ("h264", lambda root: edit_value(root / "meta/tasks.parquet", "task", 0, "another")),
-    "names": ("h264", features(action={"names": ["left", "right"]})),
-    "an image": ("png", swapped_images),
-    "a video": ("h264", another_packet),
-}
-
-
-@pytest.mark.parametrize("different", DIFFERENT)
-def test_digest_follows_the_content_and_not_the_place(png, h264, tmp_path, different):
-    base, change = DIFFERENT[different]
-    root = {"png": png, "h264": h264}[base]
-    original = LeRobotDataset(root, cache="none").digest
-    other = copy(root, tmp_path / "copy")
-    assert LeRobotDataset(other, cache="none").digest == original
-    change(other)
-    assert LeRobotDataset(other, cache="none").digest != original
 
 
 @pytest.mark.parametrize(

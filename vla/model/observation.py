@@ -24,8 +24,8 @@ def collate(
 ) -> dict[str, Tensor]:
     """What VLAPolicy takes, on the CPU, of what the robot of this data set observes (see VLAPolicy.collate).
 
-    tokenize: -> int64 [B, T], bool [B, T]. key: int64 [B]. pinned: images lie where a GPU fetches them itself. Raises
-    InputError.
+    tokenize: -> int64 [B, T], bool [B, T]. key: int64 [B]. pinned: images lie where a GPU fetches them itself, in
+    memory that torch gives to nobody else before it has. Raises InputError.
     """
     robot, size = config.datasets[dataset], len(observations)
     tokens, token_mask = tokenize([seen["instruction"] for seen in observations])

@@ -1,0 +1,104 @@
+"""The index that opening a data set makes beside it, and the digest that it has."""
+
+import pickle
+
+import numpy as np
+import pytest
+from lerobot_sets import (
+    DATA,
+    LENGTHS,
+    column,
+    copy,
+    edit_columns,
+    edit_value,
+    features,
+    made_up,
+    noise,
+    write,
+)
+
+from vla.data.lerobot import LeRobotDataset
+
+
+@pytest.fixture
+def root(png, tmp_path):
+    return copy(png, tmp_path / "set")
+
+
+def test_numbers_are_mapped_not_held_and_a_data_set_travels_to_workers_as_paths(tmp_path):
+    root = write(tmp_path / "set", made_up((400, 600), cameras=("top",), size=(2, 4), draw=noise))
+    data = LeRobotDataset(root)
+    for values in (data.state, data.actions, data.task_index):
+        assert isinstance(values, np.memmap)
+        assert not values.flags.writeable
+    sent = pickle.dumps(data)
+    assert len(sent) < data.state.nbytes / 2
+    np.testing.assert_array_equal(pickle.loads(sent).actions, data.actions)
+
+
+def left_behind(root):
+    """What opening a data set has made in its folder, and when."""
+    return {path: path.stat().st_mtime_ns for path in sorted((root / ".vla_cache").rglob("*.*"))}
+
+
+def test_index_is_made_once_and_again_when_a_file_changes_even_in_place(root):
+    LeRobotDataset(root)
+    before = left_behind(root)
+    LeRobotDataset(root)
+    assert left_behind(root) == before
+
+    (path,), content = root.glob("data/*/*"), (root / DATA).read_bytes()
+    old = made_up()[2]["actions"][1, :1]
+    assert content.count(old.tobytes()) == 1
+    path.write_bytes(content.replace(old.tobytes(), np.float32(0.125).tobytes()))
+    assert path.stat().st_size == len(content)
+    data = LeRobotDataset(root)
+    assert data.actions[8, 0] == 0.125
+    assert set(before) < set(left_behind(root))
+
+    (root / "meta/tasks.parquet").write_bytes((root / "meta/tasks.parquet").read_bytes().replace(b"task 1", b"taste1"))
+    assert LeRobotDataset(root).instructions == ["task 0", "taste1"]
+
+
+def test_index_and_pictures_lie_in_the_folder_asked_for(root, tmp_path):
+    data = LeRobotDataset(root, cache_dir=tmp_path / "fast/disk")
+    np.testing.assert_array_equal(data.actions, np.concatenate([e["actions"] for e in made_up()]))
+    assert not (root / ".vla_cache").exists()
+    assert len(list((tmp_path / "fast/disk").glob("*/frames.npy"))) == 2
+
+
+def swapped_images(root):
+    images = column(root / DATA, "observation.images.wrist")
+    edit_columns(root / DATA, {"observation.images.wrist": [*images[1::-1], *images[2:]]})
+
+
+def another_packet(root):
+    (path,) = root.glob("videos/*wrist/*/*.mp4")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DIFFERENT = {
+    "an action": (
+        "h264",
+        lambda root: edit_columns(root / DATA, {"action": [[0.5 * i, 1.0 - i] for i in range(sum(LENGTHS))]}),
+    ),
+    "a state": ("h264", lambda root: edit_value(root / DATA, "observation.state", 5, [0.0, 1.0, 2.0])),
+    "a task": ("h264", lambda root: edit_value(root / DATA, "task_index", 0, 1)),
+    "an instruction": ("h264", lambda root: edit_value(root / "meta/tasks.parquet", "task", 0, "another")),
+    "names": ("h264", features(action={"names": ["left", "right"]})),
+    "an image": ("png", swapped_images),
+    "a video": ("h264", another_packet),
+}
+
+
+@pytest.mark.parametrize("different", DIFFERENT)
+def test_digest_follows_the_content_and_not_the_place(png, h264, tmp_path, different):
+    base, change = DIFFERENT[different]
+    root = {"png": png, "h264": h264}[base]
+    original = LeRobotDataset(root, cache="none").digest
+    other = copy(root, tmp_path / "copy")
+    assert LeRobotDataset(other, cache="none").digest == original
+    change(other)
+    assert LeRobotDataset(other, cache="none").digest != original
