@@ -96,7 +96,7 @@ def limit(config: TrainConfig, steps: int) -> dict:
 
 
 class Rows(torch.utils.data.Dataset):
-    """Samples one at a time, as a Dataset gives them."""
+    """Samples one at a time, as a Dataset usually gives them."""
 
     def __init__(self, samples: Samples):
         self.samples = samples
@@ -106,6 +106,13 @@ class Rows(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {name: value[0] for name, value in self.samples.batch([index]).items()}
+
+
+class Batches(Rows):
+    """The same, but a DataLoader gets a whole batch at once."""
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        return self.samples.batch(indices)
 
 
 class AsTrainerTakesIt(nn.Module):
@@ -129,7 +136,7 @@ class Clock(transformers.TrainerCallback):
             self.times.append(time.perf_counter())
 
 
-def trainer(config: TrainConfig, steps: int) -> dict:
+def trainer(config: TrainConfig, steps: int, dataset: type[Rows] = Rows) -> dict:
     """transformers.Trainer, with what makes it fast."""
     policy, samples = build(config)
     if config.compile:
@@ -147,6 +154,7 @@ def trainer(config: TrainConfig, steps: int) -> dict:
         dataloader_pin_memory=CUDA,
         remove_unused_columns=False,
         logging_steps=50,
+        logging_nan_inf_filter=False,  # which waits for the device in each step
         save_strategy="no",
         report_to=[],
         disable_tqdm=True,
@@ -156,13 +164,18 @@ def trainer(config: TrainConfig, steps: int) -> dict:
     transformers.Trainer(
         model,
         arguments,
-        data_collator=torch.utils.data.default_collate,
-        train_dataset=Rows(samples),
+        data_collator=torch.utils.data.default_collate if dataset is Rows else lambda batch: batch,
+        train_dataset=dataset(samples),
         callbacks=[clock],
         optimizers=(make_optimizer(parameter_groups(policy, config.optim), config.optim), None),
     ).train()
     began, ended = clock.times
     return {"samples/s": steps * config.global_batch_size / (ended - began)}
+
+
+def batched(config: TrainConfig, steps: int) -> dict:
+    """The same with a Dataset that knows how to give whole batches."""
+    return trainer(config, steps, Batches)
 
 
 def lerobot(config: TrainConfig, steps: int) -> dict:
@@ -231,5 +244,5 @@ def lerobot(config: TrainConfig, steps: int) -> dict:
 
 if __name__ == "__main__":
     side, steps, *flags = sys.argv[1:]
-    figures = {"limit": limit, "trainer": trainer, "lerobot": lerobot}[side](options.parse(flags), int(steps))
-    print(json.dumps(figures))
+    sides = {"limit": limit, "trainer": trainer, "batched": batched, "lerobot": lerobot}
+    print(json.dumps(sides[side](options.parse(flags), int(steps))))

@@ -1,14 +1,15 @@
 """Speed of a training step: train.py beside the limit, which is a bare loop, and beside what one would use instead.
 
     python benchmarks/step.py demo --eager --out demo.json
-    python benchmarks/step.py metaworld --flags "--cuda_graphs" --out metaworld.json
+    python benchmarks/step.py metaworld --flags=--cuda_graphs --out metaworld.json
     PYTHONPATH=$LEROBOT python benchmarks/step.py smolvlm smolvlm-frozen --sides limit train lerobot --out smolvlm.json
 
 The same policy, data, batch size, precision and optimizer in each, in turns (benchmarks/loops.py):
 limit: batches that lie on the device, autocast, torch.compile, fused AdamW or Muon, CUDA graphs if asked for; no
 loader, clipping, average or log.
 train: train.py --compile with all that it does.
-trainer: transformers.Trainer with the same compiled layers, optimizer, loader workers and pinned memory.
+trainer: transformers.Trainer with the same compiled layers, optimizer, loader workers and pinned memory, and a Dataset
+that gives samples one at a time, as they usually do. batched: the same, but it gives whole batches.
 lerobot: LeRobot's SmolVLA and the step of its training, which has a backbone of the same sizes and a head of as many
 parameters, over batches that lie on the device, in bf16.
 
@@ -25,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable
 from pathlib import Path
 
 import architectures
@@ -57,15 +59,15 @@ MODELS = {  # by name: flags; height and width of the pictures
         512,
     ),
 }
-OTHERS = ("limit", "trainer", "lerobot")
+OTHERS = ("limit", "trainer", "batched", "lerobot")
 YAML = "1gpu" if torch.cuda.is_available() else "cpu"
-SIDES, WARM, TRACED = ("limit", "train", "trainer", "lerobot"), 20, 5
+SIDES, WARM, TRACED = ("limit", "train", "trainer", "batched", "lerobot"), 20, 5
 
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", choices=MODELS)
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES[:3])
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES[:4])
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--flags", default="", help="more flags for all of them")
@@ -76,28 +78,31 @@ def main() -> None:
     print(
         f"{'samples/s':<16}", *(f"{side:>9}" for side in SIDES), *(f"train / {side:<8}" for side in OTHERS), flush=True
     )
-    for name in asked.models:
-        with tempfile.TemporaryDirectory() as folder:
-            found[name] = measure(name, Path(folder), asked)
-        tell(name, found[name])
+
+    def keep() -> None:
         setting = vars(asked) | {"out": asked.out.name, "versions": versions()}
         asked.out.write_text(json.dumps(setting | {"figures": found}, indent=1) + "\n")
 
+    for name in asked.models:
+        found[name] = {side: [] for side in asked.sides}
+        with tempfile.TemporaryDirectory() as folder:
+            measure(name, Path(folder), asked, found[name], keep)
+        tell(name, found[name])
 
-def measure(name: str, folder: Path, asked: Namespace) -> dict:
-    """Every side so many times, and where the time of train.py goes."""
+
+def measure(name: str, folder: Path, asked: Namespace, found: dict[str, list | dict], keep: Callable[[], None]) -> None:
+    """Every side so many times, and where the time of train.py goes; kept as soon as found."""
     flags, size = MODELS[name]
     collect(folder / "data", 40, size)
     if "{backbone}" in flags:
         flags = flags.format(backbone=architectures.write("smolvlm2-500m", folder / "backbone"))
     flags += f" --data.path {folder / 'data'} {'' if asked.eager else '--compile'} {asked.flags}"
-    found: dict[str, list] = {side: [] for side in asked.sides}
     for turn in range(asked.rounds):
         for side in asked.sides:
             run = folder / f"{side}{turn}"
             if side == "train":
                 steps = f"--steps {WARM + asked.steps} --log.every {asked.steps // 5} --eval.every 0 {UNSAVED}"
-                found[side].append(train(run, f"{flags} {steps}", yaml=YAML, until=WARM + asked.steps))
+                row = train(run, f"{flags} {steps}", yaml=YAML, until=WARM + asked.steps)
             else:
                 own = f"{flags} --run_dir {run} --steps 1"
                 command = [sys.executable, "benchmarks/loops.py", side, str(asked.steps), *own.split()]
@@ -105,12 +110,15 @@ def measure(name: str, folder: Path, asked: Namespace) -> dict:
                 done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
                 if done.returncode:
                     sys.exit(f"{side}: {done.stderr[-3000:]}")
-                found[side].append(json.loads(done.stdout.splitlines()[-1]))
+                row = json.loads(done.stdout.splitlines()[-1])
+            found[side].append(row)
+            keep()
+            print(f"{name}, round {turn + 1}: {side} {row['samples/s']:.1f} samples/s", file=sys.stderr, flush=True)
     if "train" in asked.sides:
         traced = f"{flags} --log.profile {TRACED} --steps {WARM + TRACED} --eval.every 0 {UNSAVED}"
         found["traced"] = train(folder / "traced", traced, yaml=YAML, compiling=True)
         found["parts"] = parts(next((folder / "traced/profile").iterdir()))
-    return found
+        keep()
 
 
 def parts(trace: Path) -> dict[str, float]:

@@ -251,7 +251,7 @@ def find(resume_from: str, folder: Path, passed_over: Iterable[Path] = ()) -> Pa
         if path in passed_over:
             continue
         try:
-            verify(path)
+            verify(path, hashed=["trainer_state.json"] if best_wanted else None)
         except InputError as failure:
             logger.warning("%s; trying the one before it", failure)
             continue
@@ -260,10 +260,16 @@ def find(resume_from: str, folder: Path, passed_over: Iterable[Path] = ()) -> Pa
         good.append(path)
     if not good:
         raise InputError(f"{folder} holds no good checkpoint to resume from; start a new run in another --run_dir")
-    found = best(read_state(good[0]), good)
-    if found is None:
-        raise InputError(f"no checkpoint of {folder.parent} was judged best yet; resume from {folder.parent} itself")
-    return found
+    newest = read_state(good[0])
+    while found := best(newest, good):
+        try:
+            verify(found)
+        except InputError as failure:
+            logger.warning("%s; trying the next best", failure)
+            good.remove(found)
+        else:
+            return found
+    raise InputError(f"no good checkpoint of {folder.parent} was judged best; resume from {folder.parent} itself")
 
 
 def find_together(accelerator: Accelerator, resume_from: str, folder: Path, passed_over: Iterable[Path] = ()) -> Path:

@@ -105,5 +105,10 @@ def unused(encoder: nn.Module, image_size: tuple[int, int]) -> list[nn.Parameter
                 f"the image encoder does not take images of {made}, as its preprocessor_config.json makes them "
                 f"({reason}); correct that file"
             ) from None
-        gradients = torch.autograd.grad(tokens.sum(), parameters, allow_unused=True)
-    return [p for p, gradient in zip(parameters, gradients, strict=True) if gradient is None]
+    nodes, seen, reached = [tokens.grad_fn], {None}, set()  # backwards, without computing anything
+    while nodes:
+        if (node := nodes.pop()) not in seen:
+            seen.add(node)
+            reached.add(getattr(node, "variable", None))
+            nodes += [before for before, _ in node.next_functions]
+    return [p for p in parameters if p not in reached]
