@@ -30,7 +30,7 @@ class Graph:
 
     def __call__(self, batch: dict[str, Tensor]) -> Tensor:
         if any(batch[name].shape != value.shape for name, value in self.batch.items()):
-            return self.function(batch)
+            return self.function({name: batch[name].to(value.device) for name, value in self.batch.items()})
         for name, value in self.batch.items():
             value.copy_(batch[name], non_blocking=True)
         self.graph.replay()
