@@ -32,13 +32,13 @@ class Attention(nn.Module):
 
     def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """[B, S, its width] -> both [B, heads, S, D / heads]."""
-        k, v = self.key_value(context).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.key_norm(k), v
+        k, v = self.key_value(context).unflatten(-1, (2, self.heads, -1)).unbind(2)  # [B, S, heads, D / heads]
+        return self.key_norm(k).transpose(1, 2), v.transpose(1, 2)
 
     def forward(self, x: Tensor, context: Tensor | tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
         """x: [B, Q, D], context: [B, S, its width] or its keys and values, mask: bool, broadcast to [B, heads, Q, S],
         true where to look."""
-        q = self.query_norm(self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2))  # [B, heads, Q, D / heads]
+        q = self.query_norm(self.query(x).unflatten(-1, (self.heads, -1))).transpose(1, 2)  # [B, heads, Q, D / heads]
         k, v = context if isinstance(context, tuple) else self.keys_values(context)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out(attended.transpose(1, 2).flatten(2))  # [B, Q, D]
