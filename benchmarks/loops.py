@@ -96,13 +96,13 @@ def limit(config: TrainConfig, steps: int) -> dict:
 
 
 class Rows(torch.utils.data.Dataset):
-    """Samples one at a time, as a Dataset usually gives them."""
+    """Samples one at a time, as a Dataset usually gives them, so many that no epoch ends."""
 
-    def __init__(self, samples: Samples):
-        self.samples = samples
+    def __init__(self, samples: Samples, length: int):
+        self.samples, self.length = samples, length
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return self.length
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {name: value[0] for name, value in self.samples.batch([index]).items()}
@@ -165,7 +165,7 @@ def trainer(config: TrainConfig, steps: int, dataset: type[Rows] = Rows) -> dict
         model,
         arguments,
         data_collator=torch.utils.data.default_collate if dataset is Rows else lambda batch: batch,
-        train_dataset=dataset(samples),
+        train_dataset=dataset(samples, (WARM + steps) * config.global_batch_size),
         callbacks=[clock],
         optimizers=(make_optimizer(parameter_groups(policy, config.optim), config.optim), None),
     ).train()
