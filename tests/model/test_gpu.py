@@ -27,12 +27,16 @@ def test_captured_policy_equals_eager_one_for_every_batch(kind, head, originals)
         eager, captured = (policy_on(flags, max_tokens=36, **HEADS[head]).cuda().eval() for _ in range(2))
         captured.capture(2, torch.float32)
         for turn in range(3):
-            batch = {name: value.cuda().roll(turn, dims=0) for name, value in batch_of(eager).items()}
-            batch["key"] += turn
-            torch.testing.assert_close(captured.predict_chunk(batch), eager.predict_chunk(batch), rtol=1e-4, atol=1e-4)
+            seen = {name: value.cpu().roll(turn, dims=0) for name, value in batch_of(eager).items()}
+            seen["key"] += turn
+            batch = {name: value.cuda() for name, value in seen.items()}
+            expected = eager.predict_chunk(batch)
+            for given in (batch, seen):  # from the GPU and from the CPU
+                torch.testing.assert_close(captured.predict_chunk(given), expected, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(captured.predict_chunk(batch), captured.predict_chunk(batch), rtol=0, atol=0)
-        one = {name: value[:1] for name, value in batch.items()}  # another size: as it was before
-        torch.testing.assert_close(captured.predict_chunk(one), eager.predict_chunk(one), rtol=1e-4, atol=1e-4)
+        for given in (batch, seen):  # another size: as it was before
+            one, own = ({name: value[:1] for name, value in whole.items()} for whole in (given, batch))
+            torch.testing.assert_close(captured.predict_chunk(one), eager.predict_chunk(own), rtol=1e-4, atol=1e-4)
 
     in_children(compare)[0].ok()
 

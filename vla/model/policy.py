@@ -373,8 +373,7 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
         return self.config.datasets[self._driven]
 
     def collate(self, observations: list[dict], key: Tensor) -> dict[str, Tensor]:
-        """A batch of what the driven robot observes, on the policy's device, or on the CPU for a captured policy. key:
-        int64 [B].
+        """A batch of what the driven robot observes, on the policy's device (if captured: on the CPU). key: int64 [B].
 
         An observation has images (of the robot's cameras, of any size: an array uint8 [cameras, 3, H, W] in their
         order, or by name uint8 [3, H, W] each), state (float32, of the robot's own dimensions) and instruction (str).
@@ -382,9 +381,7 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
         """
         place, device = self.config.place(self.driven.name), self.state_norm.offset.device
         batch = observation.collate(self.config, place, self.tokenize, observations, key, device.type == "cuda")
-        if self._graph:  # which takes it to its own place on the device
-            return batch
-        return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+        return batch if self._graph else {name: value.to(device, non_blocking=True) for name, value in batch.items()}
 
     def reset(self, seed: int = 0) -> None:
         """Forget the queue of actions, at the start of an episode; `seed` fixes the noise of a flow head."""
