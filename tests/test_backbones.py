@@ -10,7 +10,7 @@ import pytest
 import tiny
 from safetensors.torch import load_file
 from test_guard import spoil
-from training import SHARDED, assert_equal, die_at, metrics, result, run_module, series, train
+from training import SHARDED, assert_equal, die_at, metrics, of, result, run_module, series, train
 
 from vla.model import VLAPolicy
 
@@ -125,7 +125,7 @@ def test_unfrozen_parts_learn_from_their_step_on_and_not_before(models, flags, t
     run = tmp_path / "run"
     keep = ("--checkpoint.every", "2", "--checkpoint.keep", "9", "--optim.ema", "0")
     train(*flags, *models("smolvlm"), *THAWED, *keep, "--run_dir", run)[0].ok()
-    files = {step: load_file(run / f"checkpoints/step_{step:08d}/model.safetensors") for step in (2, 4, 6, 8, 10, 16)}
+    files = {step: load_file(of(run, step) / "model.safetensors") for step in (2, 4, 6, 8, 10, 16)}
     parts = {step: {name.partition(".")[0] for name in kept} for step, kept in files.items()}
     everything = {"action_head", "state_norm", "action_norm", "language_model", "vision_encoder"}
     assert all(found == everything for found in parts.values())  # as soon as a part will ever be trained

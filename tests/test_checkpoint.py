@@ -11,7 +11,7 @@ from pathlib import Path
 import accelerate
 import pytest
 import torch
-from training import after, assert_equal, die_at, last, result, steps, train
+from training import after, assert_equal, die_at, flip, last, of, result, steps, train
 
 from vla import InputError, checkpoint
 
@@ -33,12 +33,6 @@ def run(trained, tmp_path):
 
 
 # ---- Damage.
-
-
-def flip(file):
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
 
 
 def replace_by_folder(file):
@@ -242,7 +236,7 @@ def test_checkpoint_asked_for_by_name_is_found_or_refused_but_never_replaced(run
 
 
 def test_best_is_found_where_the_newest_checkpoint_says_or_else_by_the_scores(run):
-    best = run / "checkpoints" / f"step_{result(run)['best_step']:08d}"
+    best = of(run, result(run)["best_step"])
     assert checkpoint.find(f"{run}/best", run / "checkpoints") == best
     flip(best / "model.safetensors")
     states = {path: checkpoint.read_state(path) for path in checkpoint.all_steps(run / "checkpoints").values()}
@@ -252,12 +246,20 @@ def test_best_is_found_where_the_newest_checkpoint_says_or_else_by_the_scores(ru
     assert checkpoint.find(f"{run}/best", run / "checkpoints") == min(scores, key=scores.get)
 
 
+def test_best_is_found_without_reading_the_weights_of_others(run, monkeypatch):
+    read, original = [], checkpoint._sha256
+    monkeypatch.setattr(checkpoint, "_sha256", lambda path: read.append(path) or original(path))
+    best = checkpoint.find(f"{run}/best", run / "checkpoints")
+    assert len(steps(run)) > 1
+    assert {path.parent for path in read if path.name != "trainer_state.json"} == {best}
+
+
 def test_run_goes_on_from_its_best_or_from_a_checkpoint_by_path(run, tmp_path):
     for name, step in (("best", result(run)["best_step"]), ("checkpoints/step_00000010", 10)):
         copy = shutil.copytree(run, tmp_path / name.replace("/", "-"))
-        state = json.loads((copy / f"checkpoints/step_{step:08d}/trainer_state.json").read_text())
+        state = json.loads((of(copy, step) / "trainer_state.json").read_text())
         (child,) = train("--resume_from", f"{copy}/{name}")
-        assert f"resumed from {copy}/checkpoints/step_{step:08d}" in child.ok().stderr
+        assert f"resumed from {of(copy, step)}" in child.ok().stderr
         assert f"steps      {state['step']} to 16" in child.stderr
 
 

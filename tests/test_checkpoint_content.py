@@ -7,7 +7,7 @@ import sys
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
-from training import command, in_children, last, result, steps
+from training import command, in_children, last, of, result, steps
 
 from vla import checkpoint, export, options
 from vla.model import VLAPolicy
@@ -80,7 +80,7 @@ def test_checkpoint_folder_is_a_policy(trained):
 
 def test_export_has_the_averaged_weights_of_the_best_checkpoint(trained):
     run, _ = trained
-    best = run / "checkpoints" / f"step_{result(run)['best_step']:08d}"
+    best = of(run, result(run)["best_step"])
     average, weights = load_file(best / "ema.safetensors"), load_file(best / "model.safetensors")
     exported = load_file(run / "export/model.safetensors")
     assert exported.keys() == weights.keys() > average.keys()

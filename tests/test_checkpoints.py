@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
-from training import run_module, steps, train
+from training import flip, of, run_module, steps, train
 
 from vla import InputError, checkpoint, checkpoints, export
 from vla.checkpoints import CheckpointsConfig
@@ -55,10 +55,6 @@ def rows(text: str) -> dict[int, str]:
     return {int(match[1]): match[4] for match in map(ROW.fullmatch, text.splitlines()) if match}
 
 
-def of(run: Path, step: int) -> Path:
-    return run / f"checkpoints/step_{step:08d}"
-
-
 def size(*folders: Path) -> int:
     return sum(file.stat().st_size for folder in folders for file in folder.rglob("*") if file.is_file())
 
@@ -66,12 +62,6 @@ def size(*folders: Path) -> int:
 def everything(folder: Path) -> dict[Path, tuple]:
     """All that is in a folder, with what would tell of a change."""
     return {path: (path.stat().st_mtime_ns, path.is_file() and path.read_bytes()) for path in folder.rglob("*")}
-
-
-def flip(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
 
 
 def keep(run: Path, **settings) -> None:

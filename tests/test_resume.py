@@ -17,6 +17,7 @@ from training import (
     die_at,
     last,
     metrics,
+    of,
     result,
     series,
     start,
@@ -40,7 +41,7 @@ def test_resumed_run_equals_uninterrupted_run(workers, stop, accumulation, unint
     assert killed.code == -signal.SIGKILL
     assert (steps(run)[-1], metrics(run)[-1]["step"]) == (stop, stop + 2)
     (resumed,) = train("--resume_from", run)
-    assert f"resumed from {run}/checkpoints/step_{stop:08d}" in resumed.ok().stderr
+    assert f"resumed from {of(run, stop)}" in resumed.ok().stderr
     assert_equal(run, uninterrupted(*micro))
 
 

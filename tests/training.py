@@ -305,6 +305,18 @@ def last(run: Path) -> Path:
     return list(checkpoint.all_steps(run / "checkpoints").values())[-1]
 
 
+def of(run: Path, step: int) -> Path:
+    """The checkpoint of this step."""
+    return run / f"checkpoints/step_{step:08d}"
+
+
+def flip(file: Path) -> None:
+    """Flip a bit in the middle of a file."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
 def weights(run: Path, file: str = "model.safetensors") -> dict[str, torch.Tensor]:
     return load_file(last(run) / file)
 

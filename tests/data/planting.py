@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 from lerobot_sets import (
     DATA,
     EPISODES,
+    LENGTHS,
     as_v21,
     column,
     cut_video,
@@ -26,6 +27,10 @@ from PIL import Image
 TABLE, WRIST = "observation.images.table", "observation.images.wrist"
 VIDEO = f"videos/{WRIST}/chunk-000/file-000.mp4"
 TASKS = "meta/tasks.parquet"
+F = sum(LENGTHS)  # episodes are frames 0-3, 4-6, 7-11, 12-13
+ALL = {0, 1, 2, 3}
+OLDER_FILE = "data/chunk-000/episode_000001.parquet"
+OLDER_VIDEO = f"videos/chunk-000/{WRIST}/episode_000001.mp4"
 
 
 def sound_sets(folder):

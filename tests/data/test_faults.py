@@ -4,13 +4,16 @@ import sys
 
 import numpy as np
 import pytest
-from fault_table import ALL, FAULTS, F
+from episode_faults import EPISODE_FAULTS
+from frame_faults import FRAME_FAULTS
 from lerobot_sets import DATA, EPISODES, column, copy, edit_columns, edit_info, edit_value, made_up, numbers, write
-from planting import TASKS, VIDEO, WRIST, begins, damaged_packet, sound_sets, start
+from planting import ALL, TASKS, VIDEO, WRIST, F, begins, damaged_packet, sound_sets, start
 
 from vla import InputError
 from vla.data import __main__ as command
 from vla.data.lerobot import LeRobotDataset
+
+FAULTS = FRAME_FAULTS | EPISODE_FAULTS
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from lerobot_sets import (
     noise,
     write,
 )
+from training import flip
 
 from vla.data.lerobot import LeRobotDataset
 
@@ -74,9 +75,7 @@ def swapped_images(root):
 
 def another_packet(root):
     (path,) = root.glob("videos/*wrist/*/*.mp4")
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
+    flip(path)
 
 
 DIFFERENT = {
