@@ -36,6 +36,7 @@ from vla.workers import Workers
 VERSION = 1  # of the files written here
 OPEN_FILES = 16  # of a camera in each process
 JOB = 256  # frames at least that one process decodes in a row
+PIECE = 64  # encoded pictures that are read at once
 
 
 class Broken(InputError):
@@ -154,10 +155,12 @@ class _Parquet:
         if self.last == (path, group):
             return
         try:
-            table = self._opened(path)[0].read_row_group(group, [self.camera], use_threads=False)
+            # In pieces, as a column of over 2 GiB cannot be read as one.
+            pieces = self._opened(path)[0].iter_batches(PIECE, [group], [self.camera], use_threads=False)
+            self.encoded = pa.chunked_array([pc.struct_field(piece.column(0), "bytes") for piece in pieces])
         except (OSError, pa.ArrowException) as error:
             raise InputError(f"{path}: row group {group} is unreadable ({str(error).splitlines()[0]})") from error
-        self.encoded, self.last = pc.struct_field(table.column(self.camera), "bytes"), (path, group)
+        self.last = path, group
 
 
 class Stored:

@@ -75,6 +75,7 @@ class _Slots:
         address = self.batches.ctypes.data
         torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(address, self.batches.nbytes, 0))
         weakref.finalize(self.batches, torch.cuda.cudart().cudaHostUnregister, address)
+        self._copying = torch.cuda.Stream()
 
     def free(self) -> int | None:
         """One of this worker's slots, used from now on; none if all are in use."""
@@ -97,10 +98,13 @@ class _Slots:
             }
         while self._on_their_way and self._on_their_way[0][0].query():
             self.used[self._on_their_way.popleft()[1]] = 0
-        copied = {name: torch.from_numpy(value).to(device, non_blocking=True) for name, value in batch.items()}
-        event = torch.cuda.Event()
-        event.record()
-        self._on_their_way.append((event, slot))
+        with torch.cuda.stream(self._copying):  # while the device computes with the batch before
+            copied = {name: torch.from_numpy(value).to(device, non_blocking=True) for name, value in batch.items()}
+        arrived, computing = self._copying.record_event(), torch.cuda.current_stream()
+        computing.wait_event(arrived)
+        for value in copied.values():
+            value.record_stream(computing)
+        self._on_their_way.append((arrived, slot))
         return copied
 
 
