@@ -18,9 +18,14 @@ class VisionEncoder(nn.Module):
     def __init__(self, model: nn.Module, pixels: Pixels):
         super().__init__()
         self.model, self.pixels, self.kind = model, pixels, model.config.model_type
-        grid = [1, *(size // model.config.vision_config.patch_size for size in pixels.size)]  # frames, rows, columns
+        vision = model.config.vision_config
+        grid = [1, *(size // vision.patch_size for size in pixels.size)]  # frames, rows, columns
         self.register_buffer("grid", torch.tensor([grid]), persistent=False)
-        if self.kind in ("smolvlm", "idefics3"):
+        self.cut = ()  # how pictures are cut into patches, where that is not left to the model
+        if self.kind.startswith("qwen"):
+            self.cut = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
+        elif self.kind in ("smolvlm", "idefics3"):
+            self.cut = vision.patch_size, 1, 1
             seen, embeddings = [], model.vision_model.embeddings
             hook = embeddings.position_embedding.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
             with torch.no_grad():
@@ -28,30 +33,31 @@ class VisionEncoder(nn.Module):
             hook.remove()
             self.register_buffer("places", seen[0], persistent=False)  # int64 [1, patches]
 
+    def prepare(self, images: Tensor, dtype: torch.dtype) -> Tensor:
+        """uint8 [n, 3, h, w] -> what the model takes: pixels [n, 3, H, W], or flat patches of them."""
+        pixels = self.pixels(images).to(dtype)
+        return patches(pixels, *self.cut) if self.cut else pixels
+
     def forward(self, images: Tensor) -> Tensor:
         """uint8 [B, N, 3, h, w] -> [B, N · I, D · (1 + K)]: the tokens, beside those for the decoder's first layers."""
         B, N = images.shape[:2]
-        pixels = self.pixels(images.flatten(0, 1))  # [B · N, 3, H, W]
-        pixels = pixels.to(next(self.model.parameters()).dtype)
+        pixels = self.prepare(images.flatten(0, 1), next(self.model.parameters()).dtype)
         if self.kind in ("smolvlm", "idefics3"):
-            return self._whole_pictures(pixels).unflatten(0, (B, N)).flatten(1, 2)
+            return self._whole_pictures(pixels.unflatten(0, (B * N, -1))).unflatten(0, (B, N)).flatten(1, 2)
         if self.kind == "paligemma":
             features = self.model.get_image_features(pixels)
         else:
-            vision = self.model.config.vision_config
-            flat = patches(pixels, vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
-            features = self.model.get_image_features(flat, self.grid.expand(B * N, -1))
+            features = self.model.get_image_features(pixels, self.grid.expand(B * N, -1))
         levels = [features.pooler_output, *(getattr(features, "deepstack_features", None) or [])]
         levels = [level if isinstance(level, Tensor) else torch.cat(level) for level in levels]
         return torch.cat([level.reshape(B, -1, level.shape[-1]) for level in levels], dim=-1)
 
-    def _whole_pictures(self, pixels: Tensor) -> Tensor:
+    def _whole_pictures(self, flat: Tensor) -> Tensor:
         """What SmolVLM's get_image_features gives, which looks for empty pictures and parts of them: the device would
-        be waited for three times, and attention needs no mask. [B · N, 3, H, W] -> [B · N, I, D].
+        be waited for three times, and attention needs no mask. [B · N, patches, 3 · p · p] -> [B · N, I, D].
         """
         vision = self.model.vision_model
         patch = vision.embeddings.patch_embedding  # a convolution of patches that do not overlap: a matrix product
-        flat = patches(pixels, vision.embeddings.patch_size, merge=1, frames=1).unflatten(0, (len(pixels), -1))
         embedded = F.linear(flat, patch.weight.flatten(1), patch.bias)
         embedded = embedded + vision.embeddings.position_embedding(self.places)
         features = vision.encoder(inputs_embeds=embedded, attention_mask=None).last_hidden_state
@@ -67,15 +73,20 @@ class PatchEncoder(nn.Module):
         self.grid = tuple(size // self.patch for size in pixels.size)
         self.register_buffer("shape", torch.tensor([self.grid]), persistent=False)
 
+    def prepare(self, images: Tensor, dtype: torch.dtype) -> Tensor:
+        """uint8 [n, 3, h, w] -> what the model takes: pixels [n, 3, H, W], or flat patches [n, I, p · p · 3]."""
+        pixels = self.pixels(images).to(dtype)
+        if not self.model.config.model_type.startswith("siglip2"):
+            return pixels
+        grid = pixels.unfold(2, self.patch, self.patch).unfold(3, self.patch, self.patch)  # [n, 3, rows, columns, p, p]
+        return grid.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
+
     def forward(self, images: Tensor) -> Tensor:
         """uint8 [B, N, 3, h, w] -> features of the patches [B, N · I, width]."""
-        pixels = self.pixels(images.flatten(0, 1)).to(next(self.model.parameters()).dtype)  # [B · N, 3, H, W]
-        if self.model.config.model_type.startswith("siglip2"):  # of any aspect: it takes flat patches and their grid
-            p, count = self.patch, len(pixels)
-            grid = pixels.unfold(2, p, p).unfold(3, p, p)  # [B · N, 3, rows, columns, p, p]
-            flat = grid.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)  # [B · N, I, p · p · 3]
-            mask = torch.ones(flat.shape[:2], dtype=torch.int64, device=flat.device)
-            features = self.model(flat, mask, self.shape.expand(count, -1)).last_hidden_state
+        pixels = self.prepare(images.flatten(0, 1), next(self.model.parameters()).dtype)
+        if pixels.dim() == 3:  # SigLIP 2, which takes images of any aspect: it is told their grid
+            mask = torch.ones(pixels.shape[:2], dtype=torch.int64, device=pixels.device)
+            features = self.model(pixels, mask, self.shape.expand(len(pixels), -1)).last_hidden_state
         else:
             features = self.model(pixels).last_hidden_state
         features = features[:, -self.grid[0] * self.grid[1] :]  # behind the tokens for the whole image, if any

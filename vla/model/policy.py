@@ -120,11 +120,13 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
         return [part for part in self.modules() if isinstance(part, kinds)]
 
     def compile(self, **options) -> None:
-        """Compile the layers and the built-in image encoder, by torch.compile with these options.
+        """Compile the layers and what comes before those of the image encoder, by torch.compile with these options.
 
         One by one, as layers of a kind share one program, which starts sooner; and what draws random numbers stays
         outside: torch.compile fails on its whole numbers of 64 bits. Names of weights stay as they are.
         """
+        if self.backbone:
+            self.vision_encoder.prepare = torch.compile(self.vision_encoder.prepare, **options)
         for part in self.layers() if self.backbone else [self.vision_encoder, *self.layers()]:
             again = isinstance(part.forward, partial)  # checkpoint is not looked through: what it calls is compiled
             forward = torch.compile(part.forward.args[0] if again else part.forward, **options)
@@ -141,8 +143,7 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
         before = [p.requires_grad for p in self.parameters()]
         for name, p in self.named_parameters():
             p.requires_grad_(name not in self._never and not name.startswith(frozen))
-        reached = False
-        self._reached = {}  # by training: below the lowest trained part nothing needs autograd
+        reached, self._reached = False, {}  # by training: below the lowest trained part nothing needs autograd
         for name, part in self.named_children():  # in the order of the forward pass
             reached = self._reached[name] = reached or any(p.requires_grad for p in part.parameters())
         self.train(self.training)
@@ -289,10 +290,7 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
         """Hidden states of images and instruction [B, S, D], their mask [B, S], and the loss of the instruction."""
         image_tokens = self.encode_images(batch["images"])
         with self._autograd("language_model"):
-            hidden, mask, error = self.language_model(
-                image_tokens, batch["image_mask"], batch["tokens"], batch["token_mask"], lm
-            )
-        return hidden, mask, error
+            return self.language_model(image_tokens, batch["image_mask"], batch["tokens"], batch["token_mask"], lm)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The loss, a weighted sum of terms, and each term, all means over the samples (scalars); sample_loss [B]."""
