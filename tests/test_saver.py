@@ -208,13 +208,17 @@ def test_what_changes_right_after_a_save_is_not_in_the_checkpoint(tmp_path):
 
 def test_saves_share_one_buffer_and_leave_each_other_alone(tmp_path):
     def save(_):
-        _, policy, *_ = training = small_training()
+        _, policy, _, ema = training = small_training()
+        policy.bias.requires_grad_(False)  # until the second save
+        ema.follow(policy)
         saver = new_saver(training, tmp_path, keep=9)
         buffer, weights = saver.buffer.result(), {}
         for step in (1, 2, 3):
             weights[step] = policy.weight.detach().clone()
             saver.save(state_of(step))
             policy.weight.data += 1
+            policy.bias.requires_grad_(True)
+            ema.follow(policy)
         saver.finish()
         assert saver.buffer.result() is buffer
         for step, path in checkpoint.all_steps(tmp_path).items():
@@ -222,6 +226,16 @@ def test_saves_share_one_buffer_and_leave_each_other_alone(tmp_path):
         assert not weights
 
     in_children(save)[0].ok()
+
+
+def test_memory_is_unlocked_before_it_is_given_back(monkeypatch):
+    lock, locked = lambda address, *_: locked.append(address) or SimpleNamespace(value=0), []
+    runtime = SimpleNamespace(cudaHostRegister=lock, cudaHostUnregister=locked.remove)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    copied = torch.from_numpy(vla.saver._buffer(1000, cuda=True)[100:200])
+    assert locked
+    del copied
+    assert not locked
 
 
 def test_one_save_is_in_flight_and_only_the_next_waits_for_it(tmp_path):

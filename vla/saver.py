@@ -8,6 +8,7 @@ import random
 import shutil
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict
@@ -69,9 +70,9 @@ class Saver:
             self.buffer = self.thread.submit(_buffer, self.bytes(), self.cuda)
 
     def bytes(self) -> int:
-        """Size of the tensors in a checkpoint, known before the first step."""
-        moments = [*self.trained.values()] * 2  # of AdamW
-        tensors = [*self.policy.own_state().values(), *moments, *(self.ema.average.values() if self.ema else ())]
+        """Size of the tensors in a checkpoint when all is trained that ever will be, known before the first step."""
+        beside = [*self.trained.values()] * (3 if self.ema else 2)  # moments of AdamW, average
+        tensors = [*self.policy.own_state().values(), *beside]
         return sum(_aligned(local(t)) for t in tensors) + ALIGNMENT * len(self.trained)  # and a count of steps
 
     def save(self, state: dict) -> None:
@@ -283,8 +284,11 @@ def _buffer(size: int, cuda: bool) -> np.ndarray:
     buffer = np.empty(size, np.uint8)
     buffer.fill(0)
     if cuda and size:
-        status = torch.cuda.cudart().cudaHostRegister(buffer.ctypes.data, size, 0)
-        if status.value:
+        runtime, address = torch.cuda.cudart(), buffer.ctypes.data
+        status = runtime.cudaHostRegister(address, size, 0)
+        if status.value == 0:
+            weakref.finalize(buffer, runtime.cudaHostUnregister, address)  # else its pages would stay locked
+        else:
             logger.warning("memory for checkpoints could not be locked (CUDA error %d): saves wait longer", status)
     return buffer
 
