@@ -137,6 +137,7 @@ class ModelConfig:
     freeze: tuple[str, ...] = ()
     # Steps from which on frozen parts are trained after all, as name and step: language_model 2000.
     unfreeze: tuple[tuple[str, int], ...] = ()
+
     loss: LossConfig = field(default_factory=LossConfig)
 
 
@@ -268,6 +269,7 @@ class TrainConfig:
     global_batch_size: int = 64
     # Samples that one process takes at once (0: global batch / processes).
     micro_batch_size: int = 0
+
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
