@@ -2,7 +2,7 @@
 # make test    all tests        make lint    ruff        make setup    the environment        make clean    remove what these made
 # make test-sim    install Meta-World (requirements-sim.txt), and run the tests of environments
 # make test-gpu    what only a GPU can show
-# make chaos   kill a whole training job KILLS times, resume it, compare with one that was not stopped (100: half an hour)
+# make chaos   kill a whole training job KILLS times, resume it, compare with one that was not stopped (100: 8 minutes)
 
 PYTHON ?= python3
 BIN := .venv/bin

@@ -1,6 +1,6 @@
 """Train a vision-language-action policy.
 
-    accelerate launch --config_file accelerate_configs/1gpu.yaml train.py --data.path data/tabletop --run_dir runs/first
+    accelerate launch --config_file accelerate_configs/1gpu.yaml train.py --data.path data/demo --run_dir runs/first
     accelerate launch --config_file accelerate_configs/4gpu.yaml train.py --resume_from runs/first
     python -m vla.rollout --policy runs/first/export --env tabletop
 

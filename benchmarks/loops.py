@@ -1,6 +1,6 @@
 """What train.py is measured against (benchmarks/step.py), each in a process of its own; prints its figures as JSON.
 
-python benchmarks/loops.py limit 100 --data.path data/tabletop --run_dir /tmp/run --global_batch_size 32
+python benchmarks/loops.py limit 100 --data.path data/demo --run_dir /tmp/run --global_batch_size 32
 python benchmarks/loops.py trainer 100 …
 PYTHONPATH=$LEROBOT python benchmarks/loops.py lerobot 100 …
 """

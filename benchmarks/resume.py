@@ -1,6 +1,6 @@
 """How long a run takes to go on: from the command to its first step, at step 10 and at step 1,000,000, in turns.
 
-    python benchmarks/resume.py --data data/tabletop
+    python benchmarks/resume.py --data data/demo
 
 The checkpoint of step 1,000,000 is that of step 10 with another number, beside a log as long as such a run's. Samples
 come 100 at a time, so the stream is at position 10^8. Then the same without a process around it: the first batch of a

@@ -1,7 +1,7 @@
 """What a checkpoint costs the training: ours in the background beside accelerate's plain save_state, in one run.
 
     python benchmarks/save.py --width 768 --layers 12          # 1 GB of state and more, on the CPU
-    python benchmarks/save.py --width 1536 --layers 16         # 450 M parameters, on a GPU
+    python benchmarks/save.py --width 1536 --layers 8          # 450 M parameters, on a GPU
 
 Both save the same weights and AdamW moments to the same disk. Steps during a write are compared with those between
 writes, which take turns with them.
