@@ -107,7 +107,8 @@ def main(config: TrainConfig) -> None:
         raise InputError(f"--steps {steps} is behind the checkpoint, which is of step {first_step}; give at least that")
     if main_process:
         options.save(config, run_dir / "config.json")
-        policy.save_backbone(run_dir / "backbone")
+        if policy.backbone and not resuming:
+            policy.backbone.originals.save(run_dir / "backbone")
     learner.sort_buckets()
 
     log = RunLog(accelerator, config, first_step, steps, evaluated=state["evaluated"] == first_step)

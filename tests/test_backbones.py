@@ -121,6 +121,14 @@ def test_trained_backbone_goes_on_without_the_weights_that_it_began_with(models,
     VLAPolicy.from_pretrained(tmp_path / "run/export")
 
 
+def test_run_that_died_before_its_first_checkpoint_begins_again_on_another_backbone(models, flags, tmp_path):
+    own = ("--steps", "4", "--run_dir", tmp_path / "run")
+    train(*flags, *models("smolvlm"), *own, before=die_at(2))
+    train(*flags, *models("qwen3_vl"), *own)[0].ok()
+    policy = VLAPolicy.from_pretrained(tmp_path / "run/export")
+    assert policy.vision_encoder.kind == "qwen3_vl"
+
+
 def test_unfrozen_parts_learn_from_their_step_on_and_not_before(models, flags, tmp_path):
     run = tmp_path / "run"
     keep = ("--checkpoint.every", "2", "--checkpoint.keep", "9", "--optim.ema", "0")

@@ -80,6 +80,17 @@ def test_adapters_without_their_base_or_with_another_one_are_refused(originals, 
         VLAPolicy.from_pretrained(tmp_path / "export")
 
 
+def test_export_over_an_older_one_has_its_own_image_processor(originals, tmp_path):
+    policy_on(originals("smolvlm")).save_pretrained(tmp_path / "export")
+    flags = moved(originals("smolvlm"), tmp_path)
+    edited("preprocessor_config.json", image_mean=[0.1, 0.2, 0.3])(tmp_path / "backbone")
+    policy = policy_on(flags).eval()
+    policy.save_pretrained(tmp_path / "export")
+    batch = batch_of(policy)
+    again = VLAPolicy.from_pretrained(tmp_path / "export")
+    assert torch.equal(again.predict_chunk(batch), policy.predict_chunk(batch))
+
+
 def test_export_without_the_folder_of_its_tokenizer_is_refused(originals, tmp_path):
     policy_on(originals("smolvlm")).save_pretrained(tmp_path / "export")
     shutil.rmtree(tmp_path / "export" / "backbone")

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -120,15 +121,19 @@ class Originals:
         return made
 
     def save(self, folder: Path) -> None:
-        """Write configurations, tokenizers and image processors, but no weights."""
+        """Write configurations, tokenizers and image processors, but no weights. The folder is replaced whole."""
+        temporary = folder.with_name(f".writing_{folder.name}")
+        shutil.rmtree(temporary, ignore_errors=True)
         for flag, parts in self.parts.items():
             for part in parts:
-                place = _place(folder, flag)
+                place = _place(temporary, flag)
                 if isinstance(part, dict):
                     place.mkdir(parents=True, exist_ok=True)
                     (place / "preprocessor_config.json").write_text(json.dumps(part, indent=2) + "\n")
                 else:
                     part.save_pretrained(place)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
 
 
 def _sha256(parameter: nn.Parameter) -> str:

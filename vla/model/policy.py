@@ -7,7 +7,6 @@ tokens, D width.
 import dataclasses
 import json
 import math
-import shutil
 from collections import deque
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -49,7 +48,7 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
 
     # PolicyConfig, Path | None, bool; without annotations the mixin leaves reading config.json to us.
     def __init__(self, config, saved=None, weights=True):
-        """saved: a folder of `save_backbone`, read in place of the pretrained originals. weights: load theirs; else
+        """saved: a folder of `Originals.save`, read in place of the pretrained originals. weights: load theirs; else
         they are left as the memory was."""
         super().__init__()
         check(config)
@@ -255,15 +254,8 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
             state, config = self.own_state(), self.own_config()
         save_file({name: value.contiguous() for name, value in state.items()}, save_directory / "model.safetensors")
         (save_directory / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-        self.save_backbone(save_directory / "backbone")
-
-    def save_backbone(self, folder: Path) -> None:
-        """Write what a pretrained backbone consists of but for its weights, if there is one and it is not there yet."""
-        if self.backbone and not folder.exists():
-            temporary = folder.with_name(f".writing_{folder.name}")
-            shutil.rmtree(temporary, ignore_errors=True)
-            self.backbone.originals.save(temporary)
-            temporary.rename(folder)
+        if self.backbone:
+            self.backbone.originals.save(save_directory / "backbone")
 
     def check_base(self, base: str, where: Path) -> None:
         """Raises InputError unless the frozen pretrained weights are those of this digest, which `where` belongs to."""
