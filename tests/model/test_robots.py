@@ -201,6 +201,17 @@ WRONG_OBSERVATIONS = {
         {"state": STATES[0, :1]},
         r"state has shape \[1\], expected the 2 numbers of arm: x, y",
     ),
+    "a state that is no number": (
+        {"state": np.array([np.nan, 0])},
+        "state has x nan, expected finite numbers",
+    ),
+    "a state that is infinite": ({"state": np.array([0, -np.inf])}, "state has y -inf, expected finite numbers"),
+    "no pixels": (
+        {"images": np.zeros((2, 3, 0, 24), np.uint8)},
+        r"image of table is uint8 \[3, 0, 24\], expected uint8",
+    ),
+    "no instruction": ({"instruction": None}, "instruction is None, expected a str"),
+    "several instructions": ({"instruction": ["pick"]}, r"instruction is \['pick'\], expected a str"),
     "a state of a batch": ({"state": STATES[:1]}, r"state has shape \[1, 2\], expected the 2 numbers of arm: x, y"),
 }
 
@@ -213,6 +224,14 @@ def test_observation_of_another_robot_is_refused(wrong):
         policy.drive("arm")
         with pytest.raises(InputError, match=told):
             policy.select_action(observation() | changed)
+
+
+@pytest.mark.parametrize("name", ["images", "state", "instruction"])
+def test_observation_that_lacks_an_entry_is_refused(name):
+    seen = observation()
+    del seen[name]
+    with pytest.raises(InputError, match=f"the observation lacks {name}; expected images, state and instruction"):
+        tiny().select_action(seen)
 
 
 # ---- Save and load

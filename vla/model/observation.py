@@ -28,6 +28,11 @@ def collate(
     memory that torch gives to nobody else before it has. Raises InputError.
     """
     robot, size = config.datasets[dataset], len(observations)
+    for seen in observations:
+        if missing := sorted({"images", "state", "instruction"} - seen.keys()):
+            raise InputError(f"the observation lacks {', '.join(missing)}; expected images, state and instruction")
+        if not isinstance(seen["instruction"], str):
+            raise InputError(f"the observation's instruction is {seen['instruction']!r}, expected a str")
     tokens, token_mask = tokenize([seen["instruction"] for seen in observations])
     has = torch.tensor([camera in robot.cameras for camera in config.cameras])
     images = torch.empty(size, len(has), 3, *config.image_size, dtype=torch.uint8, pin_memory=pinned)
@@ -60,7 +65,7 @@ def _look(view: np.ndarray, seen: np.ndarray | dict[str, np.ndarray], robot: Dat
 def _pixels(image: np.ndarray, camera: str, size: tuple[int, int]) -> np.ndarray:
     """What a camera sees, in the policy's size, uint8 [3, h, w]."""
     pixels = np.asarray(image)
-    if pixels.dtype != np.uint8 or pixels.ndim != 3 or len(pixels) != 3:
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or len(pixels) != 3 or not pixels.size:
         found = f"{pixels.dtype} {list(pixels.shape)}"
         raise InputError(f"the observation's image of {camera} is {found}, expected uint8 [3, height, width]")
     if pixels.shape[1:] != size:  # from a copy: torch warns of memory that it may not write
@@ -74,4 +79,7 @@ def _state(state: np.ndarray, robot: DatasetSpec, config: PolicyConfig) -> np.nd
     if own.shape != (len(names),):
         expected = f"the {len(names)} numbers of {robot.name}: {', '.join(names)}"
         raise InputError(f"the observation's state has shape {list(own.shape)}, expected {expected}")
+    if not np.isfinite(own).all():
+        wrong = ", ".join(f"{name} {value}" for name, value in zip(names, own, strict=True) if not np.isfinite(value))
+        raise InputError(f"the observation's state has {wrong}, expected finite numbers; do not act on it")
     return np.pad(own, (0, config.state_dim - len(names)))

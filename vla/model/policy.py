@@ -367,7 +367,7 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
 
         An observation has images (of the robot's cameras, of any size: an array uint8 [cameras, 3, H, W] in their
         order, or by name uint8 [3, H, W] each), state (float32, of the robot's own dimensions) and instruction (str).
-        Raises InputError for images and states that are not those of the robot.
+        Raises InputError for images and states that are not those of the robot, or not finite.
         """
         place, device = self.config.place(self.driven.name), self.state_norm.offset.device
         batch = observation.collate(self.config, place, self.tokenize, observations, key, device.type == "cuda")
