@@ -8,6 +8,7 @@ import signal
 import time
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from numbered import edit
@@ -90,6 +91,22 @@ def test_forked_process_decodes_beside_its_parent(codec, sets, tmp_path):
             found["same"] = all((data.images(EVERY[i : i + 1])[0] == expected[i]).all() for i in EVERY)
 
     assert [child.ok().found for child in in_children(read, processes=2)] == [{"same": True}] * 2
+
+
+def test_episode_whose_pictures_are_read_in_pieces_has_each_at_its_place(root, monkeypatch):
+    read, pieces = pq.ParquetFile.iter_batches, []
+
+    def counted(*arguments, **options):
+        for piece in read(*arguments, **options):
+            pieces.append(len(piece))
+            yield piece
+
+    expected, data = stored(root), LeRobotDataset(root, cache="none", cameras=("table",))
+    monkeypatch.setattr(frames, "PIECE", 2)
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", counted)
+    for asked in ([9], [8, 9], [14, 6, 11, 7], [13, 13, 12], [3, 10, 18, 5, 9]):  # episode 2 has frames 6 to 14
+        np.testing.assert_array_equal(data.images(np.array(asked)), expected[asked, :1])
+    assert pieces[:5] == [2, 2, 2, 2, 1]
 
 
 def test_grey_images_are_read_as_three_equal_channels(root):
