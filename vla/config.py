@@ -47,7 +47,7 @@ class DataConfig:
     cache: Literal["disk", "memory", "none"] = "disk"
     # Folder of the cache, if not .vla_cache in the data set's own.
     cache_dir: str = ""
-    # Seconds by which the time of a frame may miss frame_index / fps.
+    # Seconds by which the time of a frame may miss frame_index / fps: less than half a frame.
     tolerance_s: float = 1e-4
     # Leave out episodes with faults; python -m vla.data check lists them.
     skip_bad: bool = False

@@ -156,6 +156,14 @@ def test_tolerance_decides_which_times_are_faults(bases, tmp_path):
             assert f"has {told} faults" in str(refusal)  # noqa: PT017
 
 
+@pytest.mark.parametrize("tolerance", [0.05, 1.0, float("nan")])
+def test_tolerance_of_half_a_frame_is_refused(bases, tolerance):
+    told = rf"h264 has 10 frames a second and tolerance_s is {tolerance:g}, expected less than 0.05, half a frame"
+    with pytest.raises(InputError, match=told):
+        LeRobotDataset(bases["h264"], tolerance_s=tolerance)
+    assert not LeRobotDataset(bases["h264"], tolerance_s=0.0499).faults
+
+
 @pytest.mark.parametrize("cache", ["disk", "memory", "none"])
 def test_broken_picture_is_told_with_every_cache(bases, tmp_path, cache):
     root = copy(bases["h264"], tmp_path / "set")

@@ -38,7 +38,7 @@ class Options:
     state: tuple[str, ...] = ()
     # Features of the action (by convention action).
     action: tuple[str, ...] = ()
-    # Seconds by which the time of a frame may miss frame_index / fps.
+    # Seconds by which the time of a frame may miss frame_index / fps: less than half a frame.
     tolerance_s: float = 1e-4
     # Folder of the index of numbers, if not .vla_cache in the data set's own.
     cache_dir: str = ""

@@ -35,8 +35,8 @@ class Index:
     """The numbers of all episodes, laid out as long as the metadata say; those of a faulty one may be 0.
 
     selection: what of the data set is used. tolerance_s: how far the time of a frame, in the data or in a video, may
-    lie from frame_index / fps. folder: holds the index, which is made unless it is there.
-    Raises InputError if that cannot be written.
+    lie from frame_index / fps, less than half a frame. folder: holds the index, which is made unless it is there.
+    Raises InputError if that cannot be written, and for a larger tolerance.
 
     Attributes: num_frames F, first_row int64 [E] (of an episode in its data file),
     digest (identifies the content, wherever it lies), faults (in numbers and videos).
@@ -44,6 +44,9 @@ class Index:
 
     def __init__(self, selection: Selection, tolerance_s: float, folder: Path):
         layout = selection.layout
+        if not tolerance_s < (half := 0.5 / layout.fps):
+            found = f"{layout.root} has {layout.fps:g} frames a second and tolerance_s is {tolerance_s:g}"
+            raise InputError(f"{found}, expected less than {half:.4g}, half a frame: lower it")
         self.num_frames = int(layout.lengths.sum())
         videos = (path for key in selection.cameras.values() for path in _videos(layout, key).paths)
         made_from = [VERSION, selection.state, selection.action, *selection.cameras.values(), tolerance_s]
