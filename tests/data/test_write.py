@@ -22,6 +22,7 @@ from written import (
 )
 
 from vla import InputError, collect
+from vla.data import write as write_module
 from vla.data.lerobot import LeRobotDataset
 
 
@@ -91,6 +92,25 @@ def test_files_follow_the_format_and_hold_one_row_group_per_episode(tmp_path):
     assert features["observation.images.table"] == {"dtype": "image", "shape": [3, 6, 8], "names": names}
     assert features["observation.state"] == {"dtype": "float32", "shape": [3], "names": STATE_NAMES}
     assert features["timestamp"] == {"dtype": "float32", "shape": [1], "names": None}
+
+
+@pytest.mark.parametrize("limit", [1, 1000, 10**4])  # of about 200 bytes a PNG
+def test_episode_of_more_bytes_than_one_array_holds_is_one_row_group_all_the_same(tmp_path, monkeypatch, limit):
+    pieces, write_table = [], pq.ParquetWriter.write_table
+
+    def counted(self, table, *arguments, **options):
+        pieces.append(table.column(0).num_chunks)
+        write_table(self, table, *arguments, **options)
+
+    monkeypatch.setattr(write_module, "PIECE_BYTES", limit)
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", counted)
+    episodes = [episode(0, 23), episode(1, 1)]
+    write(tmp_path / "set", episodes)
+    assert (pieces[0] > 4) == (limit < 10**4)
+    assert_holds(tmp_path / "set", episodes)
+    for data in (LeRobotDataset(tmp_path / "set"), LeRobotDataset(tmp_path / "set", cache="none")):
+        written = np.concatenate([one["images"]["gripper"] for one in episodes])
+        np.testing.assert_array_equal(data.images(np.arange(24))[:, 1], written)
 
 
 def test_tasks_are_a_pandas_frame_indexed_by_task(tmp_path):

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -28,6 +28,7 @@ VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.m
 EPISODES_PATH = "meta/episodes/chunk-000/file-000.parquet"
 SPILL = "spill"  # in the partial folder: state, action and the rows of the episodes table, until all are known
 ROWS_IN_MEMORY = 500  # of the episodes table
+PIECE_BYTES = 2**30  # of the PNGs of an episode in one array, and the picture that is begun by then
 CLOSING_BYTES = 100 * 1024**2  # disk space kept free for the ends of open files and the metadata
 TASK_COLUMNS = (("task_index", "int64", "int64"), ("task", "unicode", "object"))
 PANDAS_TASKS = {  # pandas then reads `task` as the index, which the format asks for
@@ -334,8 +335,13 @@ def _vector_column(values: np.ndarray) -> pa.Array:
     return flat if values.shape[1] == 1 else pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
 
 
-def _image_column(pictures: Pictures) -> pa.StructArray:
-    offsets = np.concatenate([[0], pictures.ends]).astype(np.int32)
-    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(pictures.data)]
-    pngs = pa.Array.from_buffers(pa.binary(), len(pictures.ends), buffers)
-    return pa.StructArray.from_arrays([pngs, pa.nulls(len(pngs), pa.string())], ["bytes", "path"])
+def _image_column(pictures: Pictures) -> pa.ChunkedArray:
+    """In pieces, as the offsets of one have 32 bits."""
+    starts, pieces = np.append(0, pictures.ends), []  # [L + 1]
+    cuts = np.searchsorted(pictures.ends, np.arange(PIECE_BYTES, pictures.ends[-1], PIECE_BYTES))
+    for first, last in pairwise([0, *cuts.tolist(), len(pictures.ends)]):
+        offsets = (starts[first : last + 1] - starts[first]).astype(np.int32)
+        buffers = [None, pa.py_buffer(offsets), pa.py_buffer(pictures.data[starts[first] : starts[last]])]
+        pngs = pa.Array.from_buffers(pa.binary(), last - first, buffers)
+        pieces.append(pa.StructArray.from_arrays([pngs, pa.nulls(len(pngs), pa.string())], ["bytes", "path"]))
+    return pa.chunked_array(pieces)
