@@ -1,5 +1,6 @@
 import json
 from itertools import pairwise
+from pathlib import Path
 
 import av
 import numpy as np
@@ -233,6 +234,26 @@ def test_root_that_another_process_is_writing_is_refused_and_left_alone(tmp_path
             write(tmp_path / "set", [episode(1)])
         first.add_episode(**episode(2))
     assert_holds(tmp_path / "set", [episode(0), episode(2)])
+
+
+@pytest.mark.parametrize(("owner", "name"), [(write_module, "image_statistics"), (json, "dumps"), (Path, "rename")])
+def test_root_is_refused_to_others_until_the_folder_has_its_name(tmp_path, monkeypatch, owner, name):
+    original, refused, late = getattr(owner, name), [], writer(tmp_path / "set")
+
+    def meanwhile(*arguments, **options):
+        monkeypatch.undo()
+        with pytest.raises(InputError, match="another process is writing"):
+            write(tmp_path / "set", [episode(1)])
+        refused.append(name)
+        return original(*arguments, **options)
+
+    with writer(tmp_path / "set") as first:
+        first.add_episode(**episode(0))
+        monkeypatch.setattr(owner, name, meanwhile)
+    assert refused
+    with pytest.raises(InputError, match="set exists, expected no such folder"), late:
+        pass
+    assert_holds(tmp_path / "set", [episode(0)])
     with pytest.raises(InputError, match="expected a finite number"):
         write(tmp_path / "other", [episode(0), episode(1) | {"state": np.full((5, 3), np.nan, np.float32)}])
     write(tmp_path / "other", [episode(2)])

@@ -3,16 +3,14 @@
 Dimensions: L frames of one episode, P state, A action, h and w of an image.
 """
 
-import contextlib
 import fcntl
 import io
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import av
 import numpy as np
@@ -26,6 +24,7 @@ from vla.data.stats import image_statistics, statistics
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 EPISODES_PATH = "meta/episodes/chunk-000/file-000.parquet"
+LOCK = "meta/info.json"  # a file that the finished data set has: it stays locked while the partial folder is renamed
 SPILL = "spill"  # in the partial folder: state, action and the rows of the episodes table, until all are known
 ROWS_IN_MEMORY = 500  # of the episodes table
 PIECE_BYTES = 2**30  # of the PNGs of an episode in one array, and the picture that is begun by then
@@ -67,8 +66,7 @@ class LeRobotWriter:
         video_files_size_in_mb: float = 200,
     ):
         self.root = Path(root)
-        if self.root.exists() and (not self.root.is_dir() or any(self.root.iterdir())):
-            raise InputError(f"{root} exists, expected no such folder or an empty one: delete it or choose another")
+        self._check_root()
         if codec != "png" and codec not in ENCODERS:
             raise InputError(f"codec is {codec!r}, expected one of {['png', *ENCODERS]}")
         for name, (h, w) in cameras.items():
@@ -97,39 +95,47 @@ class LeRobotWriter:
         self._tasks: dict[str, int] = {}
 
     def __enter__(self) -> "LeRobotWriter":
-        with contextlib.suppress(FileNotFoundError):
-            os.close(self._lock())
-        shutil.rmtree(self.partial, ignore_errors=True)
-        (self.partial / SPILL).mkdir(parents=True)
-        (self.partial / SPILL / "episodes").touch()
+        meta = self.partial / "meta"
+        meta.mkdir(parents=True, exist_ok=True)
         self._locked = self._lock()
+        self._check_root()  # another process may have finished it since
+        self._locked.truncate(0)
+        for left in {*self.partial.iterdir(), *meta.iterdir()} - {meta, self.partial / LOCK}:
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        (self.partial / SPILL).mkdir()
+        (self.partial / SPILL / "episodes").touch()
         return self
 
-    def _lock(self) -> int:
+    def _check_root(self) -> None:
+        if self.root.exists() and (not self.root.is_dir() or any(self.root.iterdir())):
+            found = f"{self.root} exists, expected no such folder or an empty one"
+            raise InputError(f"{found}: delete it or choose another")
+
+    def _lock(self) -> BinaryIO:
         """A file that is to stay open while this process alone may write here."""
-        file = os.open(self.partial / SPILL / "episodes", os.O_RDWR)
+        file = open(self.partial / LOCK, "ab")  # noqa: SIM115
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            os.close(file)
+            file.close()
             raise InputError(f"another process is writing {self.root}: wait for it, or choose another folder") from None
         except OSError:
             pass  # this file system has no locks
         return file
 
     def __exit__(self, error: type[BaseException] | None, *_) -> None:
-        os.close(self._locked)
-        for video in self._videos.values():
-            video.close()
-        if num_frames := self._close_data_and_count():
-            self._write_metadata(num_frames)
-            shutil.rmtree(self.partial / SPILL)
-        else:
-            shutil.rmtree(self.partial)
+        with self._locked:
+            for video in self._videos.values():
+                video.close()
+            if num_frames := self._close_data_and_count():
+                self._write_metadata(num_frames)
+                shutil.rmtree(self.partial / SPILL)
+            else:
+                shutil.rmtree(self.partial)
+                if error is None:
+                    raise InputError(f"no episode was added to {self.root}, expected at least 1")
             if error is None:
-                raise InputError(f"no episode was added to {self.root}, expected at least 1")
-        if error is None:
-            self.partial.rename(self.root)
+                self.partial.rename(self.root)
 
     def add_episode(
         self, *, images: dict[str, np.ndarray | Pictures], state: np.ndarray, actions: np.ndarray, instruction: str
