@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from vla import InputError, NotSaved, options
+from vla import InputError, NotSaved, options, tell
 from vla.config import TrainConfig
 
 
@@ -292,8 +292,5 @@ if __name__ == "__main__":
     try:
         main(options.parse(sys.argv[1:]))
     except (InputError, NotSaved, FloatingPointError) as error:
-        if int(os.environ.get("RANK", 0)) == 0:  # every process finds the same fault: say it once
-            from tqdm import tqdm
-
-            tqdm.write(f"error: {error}", file=sys.stderr)  # on a line of its own, above a progress bar
+        tell(error)
         sys.exit(1)

@@ -20,6 +20,7 @@ from training import (
     command,
     in_children,
     last,
+    rank,
     result,
     send,
     series,
@@ -28,7 +29,7 @@ from training import (
     weights,
 )
 
-from vla import evaluate, guard, log, sim
+from vla import InputError, evaluate, guard, log, sim
 from vla.config import ModelConfig
 from vla.data.lerobot import LeRobotDataset
 from vla.data.mixture import Mixture
@@ -222,6 +223,22 @@ def test_global_batch_that_cannot_be_split_is_refused_by_every_process_in_one_li
     )
     assert second.stderr == ""
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("ranks", [{1}, {0, 1}], ids=["one", "all"])
+def test_error_is_told_once_by_the_process_that_meets_it(ranks, flags, tmp_path):
+    def batch(self, positions, images=None, original=Samples.batch):
+        if rank() in ranks and self.shuffle and min(positions) >= 36:
+            raise InputError("a picture is broken")
+        return original(self, positions, images)
+
+    def hook(found):
+        Samples.batch = batch
+
+    children = train(*flags, "--run_dir", tmp_path / "run", processes=2, before=hook)
+    told = [line for child in children for line in child.stderr.splitlines() if line.startswith("error: ")]
+    assert told == [f"error: {'' if 0 in ranks else 'process 1: '}a picture is broken"]
+    assert [children[i].code for i in ranks] == [1] * len(ranks)
 
 
 def test_launched_processes_form_one_group_or_are_refused(flags, tmp_path):

@@ -3,7 +3,10 @@
 Data flows down: stream → data set → policy → loss → checkpoint → export → rollout.
 """
 
+import contextlib
 import os
+import sys
+import time
 
 # Read once, when torch starts: threads that spin while they wait take the cores of a busy CPU from those they wait for.
 # Steps were 4 times slower (docs/RESULTS.md).
@@ -16,3 +19,21 @@ class InputError(ValueError):
 
 class NotSaved(OSError):
     """A checkpoint that could not be written, without which the run does not go on."""
+
+
+def tell(error: Exception) -> None:
+    """Print an error in one line; once if several processes have met the same, with its number if one other has."""
+    from tqdm import tqdm
+
+    rank, first = int(os.environ.get("RANK", 0)), os.environ.get("LOCAL_RANK", "0") == "0"
+    grouped = "torch" in sys.modules and (torch := sys.modules["torch"]).distributed.is_initialized()
+    if grouped:  # else all of a machine read the same files
+        with contextlib.suppress(RuntimeError):  # the process that keeps the store is gone
+            first = True
+            time.sleep(0.5 if rank else 0)  # so that the main process says what all have met
+            store = torch.distributed.distributed_c10d._get_default_store().clone()  # no collective waits in it
+            first = store.add(f"error/{error}", 1) == 1
+    if first:  # on a line of its own, above a progress bar
+        tqdm.write(f"error: {f'process {rank}: ' if rank else ''}{error}", file=sys.stderr)
+    if grouped and rank == 0:
+        time.sleep(2)  # the store may be kept here, and others are asking it

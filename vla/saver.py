@@ -148,9 +148,9 @@ class Saver:
     def finish(self) -> None:
         """Wait until the save in flight is committed. Raises NotSaved on every process if it could not be."""
         self.settle()
-        failed = torch.tensor(float(self.failures), device=self.accelerator.device)
-        if self.accelerator.reduce(failed, "sum").item():
-            raise NotSaved("; ".join(self.problems) or "the main process could not save a checkpoint")
+        told = "; ".join(self.problems) or "the last checkpoint could not be saved"
+        if problems := gather_object([told] if self.failures else []):
+            raise NotSaved(problems[0])
 
     def _copy(self, tree: dict) -> tuple[dict, tuple | None]:
         """The tree with its tensors copied to the buffer; and the events before and after, if a GPU copies."""
