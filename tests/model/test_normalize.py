@@ -1,12 +1,15 @@
 import numpy as np
 import pytest
 import torch
+from robots import ACTIONS, random_batch, tiny
 
 from vla import InputError
 from vla.data.stats import statistics
 from vla.model.normalize import Normalizer
 
 MODES = {"mean_std": ("mean", "std"), "min_max": ("min", "max"), "quantile": ("q01", "q99")}
+NEEDED = {mode: {*names, "min", "max"} for mode, names in MODES.items()}
+NEEDED["quantile"] |= {"std"}
 VALUES = np.random.default_rng(0).gamma(2.0, [0.01, 1.0, 300.0], (500, 3)) - [0.0, 5.0, 100.0]  # skewed, far apart
 OTHERS = np.random.default_rng(1).gamma(2.0, [70.0, 0.1], (500, 2))  # of a robot with a dimension less
 
@@ -62,8 +65,20 @@ def test_dimension_that_does_not_vary_is_only_shifted(mode, constant):
     assert (own.normalize(tensor(values)[None])[..., 1] == 0).all()
     moved = own.normalize(tensor([[[0.0, constant + 0.5]]]))
     assert moved[0, 0, 1] == 0.5  # a robot that moves it after all is told so, not a million
-    assert own.inverse(torch.zeros(1, 1, 2))[0, 0, 1] == constant
+    assert (own.inverse(tensor([[[0.0, 0.0], [0.0, -0.7]]]))[..., 1] == constant).all()  # whatever a network says
     torch.testing.assert_close(own.normalize(tensor(values)[None])[..., 0], scale(mode).normalize(every)[..., 1])
+
+
+@pytest.mark.parametrize("jitter", [0.0, 1e-3])
+def test_dimension_that_moves_in_less_frames_than_quantiles_leave_out_is_scaled_by_its_extremes(jitter):
+    values, random = np.zeros((20_000, 2)), np.random.default_rng(0)
+    values[:, 0] = random.normal(size=20_000)
+    values[5, 0] = 300  # a single frame changes nothing of the others
+    values[:, 1] = random.normal(size=20_000) * jitter
+    values[:150, 1] = random.uniform(50, 800, 150)  # a force, in contact
+    ends = np.stack([np.quantile(values[:, 0], (0.01, 0.99)), [values[:, 1].min(), values[:, 1].max()]], axis=1)
+    scaled = scale("quantile", values).normalize(tensor(ends)[None])
+    torch.testing.assert_close(scaled[0], tensor([[-1, -1], [1, 1]]))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -71,6 +86,14 @@ def test_smallest_and_largest_value_are_kept_beside_the_scale(mode):
     norm = normalizer(mode)
     assert torch.equal(norm.low, tensor(VALUES.min(0))[None])
     assert torch.equal(norm.high, tensor(VALUES.max(0))[None])
+
+
+@pytest.mark.parametrize(("mode", "ends"), [("quantile", (0.01, 0.99)), ("min_max", (0, 1)), ("mean_std", (0, 1))])
+def test_bins_of_a_token_head_span_what_becomes_minus_one_to_one_or_all_values_if_nothing_does(mode, ends):
+    policy = tiny(head="token", bins=2, normalization=mode)
+    chunk, expected = policy.predict_chunk(random_batch(policy)), tensor(np.quantile(ACTIONS, ends, axis=0))
+    for dim in range(3):
+        assert set(chunk[..., dim].unique().tolist()) == set(expected[:, dim].tolist())
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -123,9 +146,7 @@ def test_statistics_travel_with_the_weights():
     assert torch.equal(other.of(which).normalize(x), norm.of(which).normalize(x))
 
 
-@pytest.mark.parametrize(
-    ("mode", "name"), [(mode, name) for mode in MODES for name in sorted({*MODES[mode], "min", "max"})]
-)
+@pytest.mark.parametrize(("mode", "name"), [(mode, name) for mode in MODES for name in sorted(NEEDED[mode])])
 @pytest.mark.parametrize("wrong", ["missing", "too few", "NaN"])
 def test_missing_or_wrong_statistics_are_refused_and_change_nothing(mode, name, wrong):
     norm, given = normalizer(mode, OTHERS, VALUES), statistics(VALUES * 2)
@@ -150,7 +171,6 @@ def test_statistics_of_another_number_of_data_sets_are_refused(count):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_statistics_that_the_mode_does_not_use_may_be_missing(mode):
-    wanted = {*MODES[mode], "min", "max"}
     norm = Normalizer({"a": 3}, mode)
-    norm.set_statistics([{name: value for name, value in statistics(VALUES).items() if name in wanted}])
+    norm.set_statistics([{name: value for name, value in statistics(VALUES).items() if name in NEEDED[mode]}])
     norm.require()

@@ -140,7 +140,10 @@ class FlowHead(nn.Module):
 
 
 class TokenHead(nn.Module):
-    """Each dimension of each action classified into bins between its smallest and largest value, all at once."""
+    """Each dimension of each action classified into bins of the same size, all at once.
+
+    They span what is normalized to [-1, 1], as in OpenVLA (Kim et al., 2024); with mean_std all values seen.
+    """
 
     def __init__(self, config: ModelConfig, context_width: int, state_dim: int, action_dim: int):
         super().__init__()
@@ -150,7 +153,7 @@ class TokenHead(nn.Module):
     def loss(self, hidden, mask, state, actions: Tensor, valid: Tensor, key: Tensor, scale: Scale) -> dict[str, Tensor]:
         logits = self.decoder(hidden, mask, state).unflatten(-1, (self.action_dim, self.bins))  # [B, H, A, K]
         span = (scale.high - scale.low).clamp(min=1e-6)
-        share = (scale.inverse(actions) - scale.low) / span  # 0 … 1 over the range seen in the data
+        share = (scale.inverse(actions) - scale.low) / span  # 0 … 1 over the bins
         target = (share * self.bins).long().clamp(0, self.bins - 1)
         error = F.cross_entropy(
             logits.flatten(0, 2), target.flatten(), reduction="none", label_smoothing=self.smoothing
@@ -158,7 +161,7 @@ class TokenHead(nn.Module):
         return {"ce": sample_mean(error.view_as(share), valid)}
 
     def sample(self, hidden, mask, state, key: Tensor, scale: Scale) -> Tensor:
-        """The middle of the likeliest bin; the outermost bins mean the extremes. -> [B, H, A] in robot units."""
+        """The middle of the likeliest bin; the outermost mean the ends of their span. -> [B, H, A] in robot units."""
         best = self.decoder(hidden, mask, state).unflatten(-1, (self.action_dim, self.bins)).argmax(-1).float()
         share = torch.where(best == 0, 0.0, torch.where(best == self.bins - 1, 1.0, (best + 0.5) / self.bins))
         return torch.lerp(scale.low.expand_as(share), scale.high.expand_as(share), share)

@@ -65,7 +65,8 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
             self.language_model = backbone.LanguageModel(model)
         self.action_head = HEADS[model.head](model, self.language_model.width, config.state_dim, config.action_dim)
         self.state_norm = Normalizer({s.name: len(s.state_names) for s in config.datasets}, model.normalization)
-        self.action_norm = Normalizer({s.name: len(s.action_names) for s in config.datasets}, model.normalization)
+        dims = {s.name: len(s.action_names) for s in config.datasets}
+        self.action_norm = Normalizer(dims, model.normalization, clipped=model.head == "token")
         if model.gradient_checkpointing:
             for layer in self.layers():
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
