@@ -37,9 +37,7 @@ def export(source: Path, out: Path, summary: str, merge: bool = False, **moved: 
     policy = VLAPolicy.from_pretrained(source, **moved)
     if files(source, "ema"):
         average, own = Rows.of(source, "ema"), policy.state_dict()
-        average.check({name: own[name] for name in average.parts}, f"the average in {source}")
-        for name in average.parts:
-            average.read(name, own[name])
+        average.fill({name: own[name] for name in average.parts}, f"the average in {source}")
     if merge:
         policy.merge()
     temporary = out.with_name(f".exporting_{out.name}")

@@ -130,6 +130,12 @@ class Rows:
                 mine[first - begin : last - begin].copy_(part[first - row : last - row])
             row += rows
 
+    def fill(self, tensors: Mapping[str, Tensor], what: str) -> None:
+        """Check them, then read them all."""
+        self.check(tensors, what)
+        for name, tensor in tensors.items():
+            self.read(name, tensor)
+
 
 def _shape(part) -> tuple[int, ...]:
     return tuple(part.shape if isinstance(part, Tensor) else part.get_shape())

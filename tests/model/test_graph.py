@@ -1,10 +1,14 @@
 """What is around a CUDA graph; tests/model/test_gpu.py has the graphs themselves."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from robots import tiny
 from torch import nn
 
 from vla import InputError
+from vla.model import policy as policy_module
 from vla.model.graph import capture_learning
 
 
@@ -53,3 +57,23 @@ def test_policy_that_cannot_be_captured_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", fails)
     with pytest.raises(InputError, match=r"--cuda_graphs: .*\(operation not permitted.* capturing\); leave it out"):
         capture_learning(Doubling(), {"x": torch.zeros(1)}, summed=False)
+
+
+class Pretended(str):
+    """A place for tensors, on the CPU, that says it is a GPU."""
+
+    type = "cuda"
+
+
+def test_policy_whose_capture_fails_says_so_and_is_not_saved(monkeypatch, tmp_path):
+    def fails(*arguments):
+        raise RuntimeError("operation not permitted when stream is capturing\nand much more")
+
+    monkeypatch.setattr(policy_module, "Graph", fails)
+    policy = tiny()
+    policy.state_norm._buffers["offset"] = SimpleNamespace(device=Pretended("cpu"))
+    with pytest.raises(InputError, match=r"cannot be captured \(operation .* capturing\); load it again"):
+        policy.capture()
+    assert policy.action_head.decoder.state.weight.dtype == torch.bfloat16
+    with pytest.raises(InputError, match="a captured policy is not saved, as its weights may be rounded"):
+        policy.save_pretrained(tmp_path / "export")

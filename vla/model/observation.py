@@ -49,6 +49,14 @@ def collate(
     }
 
 
+def nothing(config: PolicyConfig, tokenize: Callable, size: int) -> dict[str, Tensor]:
+    """What `collate` makes of so many observations of the first data set's robot in which all is 0."""
+    robot = config.datasets[0]
+    images = np.zeros((len(robot.cameras), 3, *config.image_size), np.uint8)
+    seen = {"images": images, "state": np.zeros(len(robot.state_names)), "instruction": ""}
+    return collate(config, 0, tokenize, [seen] * size, torch.arange(size))
+
+
 def _look(view: np.ndarray, seen: np.ndarray | dict[str, np.ndarray], robot: DatasetSpec, config: PolicyConfig) -> None:
     """Write what the robot sees as all of the policy's cameras, 0 where it has none. view: uint8 [N, 3, h, w]."""
     images = seen

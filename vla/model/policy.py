@@ -76,6 +76,7 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
         self.freeze_at(0)
         self._driven = 0 if len(config.datasets) == 1 else None
         self._graph: Graph | None = None
+        self._rounded = False
         self.reset()
 
     def _settle_trained(self, config: PolicyConfig) -> None:
@@ -238,9 +239,7 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
                 f"{folder / 'model.safetensors'} does not fit its config.json: missing {missing or 'nothing'}, "
                 f"left over {left_over or 'nothing'}; export the policy again"
             )
-        weights.check({name: own[name] for name in weights.parts}, f"the weights in {folder}")
-        for name in weights.parts:
-            weights.read(name, own[name])
+        weights.fill({name: own[name] for name in weights.parts}, f"the weights in {folder}")
         policy.keep(weights.parts)
         policy.state_norm.require()
         policy.action_norm.require()
@@ -248,7 +247,7 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """What save_pretrained calls: all weights, or with adapters them and what else was trained, and a reference."""
-        if self._graph:
+        if self._rounded:
             raise InputError("a captured policy is not saved, as its weights may be rounded; copy the folder it was in")
         state, config = self.state_dict(), dataclasses.replace(self.config, base="")
         if self.config.lora.rank:
@@ -322,26 +321,30 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
         """From now on predict in this precision, with compiled layers, and batches of this size as one CUDA graph.
 
         Nothing acts faster. The weights are rounded, so the policy is for nothing else from then on: it may be neither
-        moved nor trained, and is not saved. Raises InputError for a policy that is not on a GPU.
+        moved nor trained, and is not saved. Raises InputError for a policy that is not on a GPU, or whose prediction is
+        not the same launches every time: with the image encoder of Qwen or SigLIP 2 NaFlex it is not.
         """
-        device, config = self.state_norm.offset.device, self.config
+        device = self.state_norm.offset.device
         if device.type != "cuda":
             raise InputError(f"the policy is on the device {device}; policy.to('cuda') before policy.capture()")
-        images = np.zeros((len(config.datasets[0].cameras), 3, *config.image_size), np.uint8)
-        nothing = {"images": images, "state": np.zeros(len(config.datasets[0].state_names)), "instruction": ""}
-        example = observation.collate(config, 0, self.tokenize, [nothing] * batch_size, torch.arange(batch_size))
+        example = observation.nothing(self.config, self.tokenize, batch_size)
 
         def predict(batch: dict[str, Tensor]) -> Tensor:
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 return self._predict(batch)
 
+        self._rounded = True
         self.eval()
         self.compile()
         self.action_head.decoder.compile()  # as a whole: what stands between its layers is launched for each of them
         for part in self.modules():  # what autocast would round again in each call
             if isinstance(part, (nn.Linear, nn.Conv1d, nn.Conv2d)):
                 part.to(dtype)
-        self._graph = Graph(predict, {name: value.to(device) for name, value in example.items()})
+        try:
+            self._graph = Graph(predict, {name: value.to(device) for name, value in example.items()})
+        except RuntimeError as failure:
+            why = str(failure).partition("\n")[0]
+            raise InputError(f"the policy cannot be captured ({why}); load it again, act without capture") from failure
 
     def tokenize(self, instructions: list[str]) -> tuple[Tensor, Tensor]:
         """int64 [B, T] and mask bool [B, T], T fixed so that shapes never change (see the language model)."""
