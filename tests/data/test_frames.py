@@ -11,8 +11,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from lerobot_sets import EPISODES, column, edit_columns, edit_info, features
 from numbered import edit
 from pictures import COUNT, EVERY, GRIPPER, as_row_7, caches, damage_video, png_of, stored, write
+from planting import TASKS
 from training import in_children
 
 from vla import InputError
@@ -164,6 +166,36 @@ def test_changed_picture_is_decoded_anew(root):
     after = LeRobotDataset(root).images(EVERY)
     assert (after[2, 1] == 7).all()
     np.testing.assert_array_equal(np.delete(after[:, 1], 2, axis=0), np.delete(before[:, 1], 2, axis=0))
+
+
+def nudged_start(root):
+    rows = column(root / EPISODES, f"videos/{GRIPPER}/from_timestamp")
+    edit_columns(root / EPISODES, {f"videos/{GRIPPER}/from_timestamp": [*rows[:2], rows[2] + 5e-5, rows[3]]})
+
+
+# Changes under meta/, and which cameras they are decoded anew.
+CHANGES = {
+    "a note": ("h264", lambda root: (root / "meta/notes.txt").write_text("mended"), 0),
+    "a touch": ("png", lambda root: os.utime(root / "meta/stats.json"), 0),
+    "an instruction": ("png", lambda root: edit_columns(root / TASKS, {"task": ["put it there"]}), 0),
+    "names": ("h264", features(action={"names": ["left", "right"]}), 0),
+    "a camera's feature": ("png", features(gripper={"names": None}), 1),
+    "a place in a video": ("h264", nudged_start, 1),
+    "frames per second": ("h264", lambda root: edit_info(root, lambda info: info.update(fps=10.00001)), 2),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_pictures_are_decoded_anew_where_the_metadata_place_them_otherwise(change, tmp_path, decoded):
+    codec, plant, cameras = CHANGES[change]
+    root = write(tmp_path / "set", codec=codec)
+    LeRobotDataset(root)
+    decoded.clear()
+    plant(root)
+    data = LeRobotDataset(root)
+    assert sorted(decoded) == sorted([*EVERY] * cameras)
+    np.testing.assert_array_equal(data.images(EVERY), stored(root))
+    assert data.instructions == ["put it there" if change == "an instruction" else "put the cube on the plate"]
 
 
 def test_episodes_left_out_are_not_decoded_until_they_are_mended(tmp_path, decoded):

@@ -219,7 +219,11 @@ def open_frames(
 
     left_out, done = layout.episodes[skipped].tolist(), {}
     for camera in cameras:
-        made_from = [VERSION, camera, size, left_out, layout.stamp(layout.videos.get(camera, layout.data).paths)]
+        # Not from all of meta/: a corrected instruction should not cost hours.
+        files = layout.videos.get(camera, layout.data)
+        first = index.first_row if files is layout.data else files.start
+        made_from = [VERSION, camera, size, left_out, layout.fps, layout.features[camera], layout.stamp(files.paths)]
+        made_from += [array.tolist() for array in (layout.episodes, layout.lengths, files.of, first)]
         done[camera] = folder / f"frames-{hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]}"
     missing = [camera for camera in cameras if not done[camera].exists()]
     for camera, cached in done.items():

@@ -50,7 +50,8 @@ class Index:
         self.num_frames = int(layout.lengths.sum())
         videos = (path for key in selection.cameras.values() for path in _videos(layout, key).paths)
         made_from = [VERSION, selection.state, selection.action, *selection.cameras.values(), tolerance_s]
-        made_from.append(layout.stamp([*layout.data.paths, *videos]))
+        meta = sorted(str(path.relative_to(layout.root)) for path in layout.root.glob("meta/**/*.*"))
+        made_from.append(layout.stamp([*meta, *layout.data.paths, *videos]))
         self._folder = built(
             folder / f"index-{hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]}",
             lambda unfinished: _build(unfinished, selection, tolerance_s),

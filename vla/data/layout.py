@@ -57,10 +57,9 @@ class Layout:
     faults: list[Fault] = field(default_factory=list)
 
     def stamp(self, files: list[str]) -> list[tuple[str, int, int]]:
-        """Path, size and time of change of these files and of those in meta/; -1 for what is missing."""
-        meta = sorted(str(path.relative_to(self.root)) for path in self.root.glob("meta/**/*.*"))
+        """Path, size and time of change of these files; -1 for what is missing."""
         stamps = []
-        for file in [*meta, *files]:
+        for file in files:
             try:
                 status = (self.root / file).stat()
                 stamps.append((file, status.st_size, status.st_mtime_ns))
