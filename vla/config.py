@@ -51,8 +51,9 @@ class DataConfig:
     tolerance_s: float = 1e-4
     # Leave out episodes with faults; python -m vla.data check lists them.
     skip_bad: bool = False
-    # Faults to live with: action dimensions that never change, instructions that several tasks share.
-    accept: tuple[Literal["constant_action", "shared_instruction"], ...] = ()
+    # Faults to live with: action dimensions that never change, instructions that several tasks share, frames of no
+    # episode between those of two in a video.
+    accept: tuple[Literal["constant_action", "shared_instruction", "video_gap"], ...] = ()
     # Share of whole episodes held out for validation.
     val_fraction: float = 0.05
     # Loader processes for each training process.

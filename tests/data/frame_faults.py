@@ -324,13 +324,13 @@ FRAME_FAULTS = {
     ),
     "video of another fps": (
         "v2.1 h264",
-        filmed_anew(OLDER_VIDEO, 9, fps=25),
+        filmed_anew(OLDER_VIDEO, range(9), fps=25),
         [f"{OLDER_VIDEO}: episode 1: frame 1 *"],
         {1},
     ),
     "video of another size": (
         "v2.1 h264",
-        filmed_anew(OLDER_VIDEO, 3, size=(32, 32)),
+        filmed_anew(OLDER_VIDEO, range(3), size=(32, 32)),
         [f"{OLDER_VIDEO}: episode 1: pictures are 32 x 32, expected 16 x 32 as in meta/info.json"],
         {1},
     ),

@@ -138,15 +138,15 @@ def damaged_packet(number):
     return plant
 
 
-def filmed_anew(path, count, fps=10, size=(16, 32)):
-    """A plant: another video, of `count` pictures, in the place of one."""
+def filmed_anew(path, shown, fps=10, size=(16, 32)):
+    """A plant: another video, of pictures that show these numbers, in the place of one."""
 
     def plant(root):
         with av.open(str(root / path), "w") as container:
             stream = container.add_stream("libx264", rate=fps, pix_fmt="yuv420p", options={"g": "2", "bf": "0"})
             stream.height, stream.width = size
-            for number in range(count):
-                image = np.ascontiguousarray(picture(100 + number, size).transpose(1, 2, 0))
+            for number in shown:
+                image = np.ascontiguousarray(picture(number, size).transpose(1, 2, 0))
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
             container.mux(stream.encode())
 

@@ -7,7 +7,7 @@ import pytest
 from episode_faults import EPISODE_FAULTS
 from frame_faults import FRAME_FAULTS
 from lerobot_sets import DATA, EPISODES, column, copy, edit_columns, edit_info, edit_value, made_up, numbers, write
-from planting import ALL, TASKS, VIDEO, WRIST, F, begins, damaged_packet, sound_sets, start
+from planting import ALL, TASKS, VIDEO, WRIST, F, begins, damaged_packet, filmed_anew, sound_sets, start
 
 from vla import InputError
 from vla.data import __main__ as command
@@ -135,6 +135,27 @@ def test_faults_to_live_with_can_be_accepted_by_name(bases, tmp_path, plant, kin
     edit_value(root / DATA, "timestamp", 5, 9.0)
     with pytest.raises(InputError, match="episode 1: frame 1: timestamp"):
         LeRobotDataset(root, accept=(kind,))
+
+
+def test_frames_of_no_episode_between_those_of_others_can_be_accepted_and_an_overlap_cannot(bases, tmp_path):
+    root, times = copy(bases["h264"], tmp_path / "set"), {"from": [0.0, 0.5, 1.0, 1.5], "to": [0.4, 0.8, 1.5, 1.7]}
+    shown = [*range(100, 104), 250, *range(104, 107), 250, 250, *range(107, 114)]
+    filmed_anew(VIDEO, shown)(root)
+    place = {f"videos/{WRIST}/{end}_timestamp": times[end] for end in times}
+    edit_columns(root / EPISODES, place)
+    told = r"(?s)has 3 faults:.* episode 1: .* begins at 0.5000 s, .*or accept it with --data.accept video_gap"
+    with pytest.raises(InputError, match=told):
+        LeRobotDataset(root)
+    assert LeRobotDataset(root, skip_bad=True).episodes.tolist() == [0]
+    data = LeRobotDataset(root, accept=("video_gap",))
+    np.testing.assert_array_equal(numbers(data.images(np.arange(F)))[:, 1], 100 + np.arange(F))
+    edit_value(root / EPISODES, f"videos/{WRIST}/to_timestamp", 1, 1.1)  # a frame of episode 2
+    with pytest.raises(InputError, match=r"(?s)has 3 faults:.* episode 1: .* begins .* leave out 3 episodes \("):
+        LeRobotDataset(root, accept=("video_gap",))
+    edit_columns(root / EPISODES, place)
+    filmed_anew(VIDEO, shown[:-1])(root)
+    with pytest.raises(InputError, match=f"has a fault: {VIDEO}: episode 3: the video ends at 1.5000 s and has 1 of"):
+        LeRobotDataset(root, accept=("video_gap",))
 
 
 def test_faults_of_a_camera_that_is_not_asked_for_are_no_hindrance(bases, tmp_path):

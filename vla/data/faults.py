@@ -7,8 +7,8 @@ from pathlib import Path
 from vla import InputError
 
 SHOWN = 10  # faults that an error names
-# Faults that leave the data usable, so that they can be accepted with --data.accept.
-ACCEPTABLE = ("constant_action", "shared_instruction")
+# Faults that may leave the data usable, so that they can be accepted with --data.accept.
+ACCEPTABLE = ("constant_action", "shared_instruction", "video_gap")
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,10 @@ from tqdm import tqdm
 from vla import InputError
 from vla.data.cache import allocate, built, size_of
 from vla.data.faults import Fault
-from vla.data.index import Index, nearest
+from vla.data.index import Index
 from vla.data.layout import Layout
 from vla.data.selection import Selection
+from vla.data.timing import nearest
 from vla.data.video import OpenVideos
 from vla.images import resize_with_padding
 from vla.workers import Workers

@@ -23,9 +23,9 @@ from vla.data.cache import allocate, built
 from vla.data.faults import Fault
 from vla.data.layout import Files, Layout
 from vla.data.selection import Selection
-from vla.data.video import Video
+from vla.data.timing import check_video
 
-VERSION = 1  # of the files written here
+VERSION = 2  # of the files written here
 ROWS = 1 << 18  # of a parquet file read at once
 TAIL_BYTES = 1 << 16  # the end of a parquet or mp4 file has the sizes of all that it holds
 INDICES = ["episode_index", "frame_index", "timestamp", "index", "task_index"]
@@ -323,67 +323,3 @@ def _vectors(column: pa.Array, dim: int) -> tuple[np.ndarray, np.ndarray]:
 def _not_finite(values: np.ndarray, names: tuple[str, ...]) -> str:
     i = int(np.flatnonzero(~np.isfinite(values))[0])
     return f"{values[i]} in {names[i]}, expected a finite number"
-
-
-def nearest(times: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """The places of those of the ascending times [F] that lie nearest to the wanted ones: float64 [n] -> int64 [n]."""
-    after = np.searchsorted(times, wanted).clip(1, max(1, len(times) - 1))
-    after = np.minimum(after, len(times) - 1)
-    before = np.maximum(after - 1, 0)
-    return np.where(wanted - times[before] <= times[after] - wanted, before, after)
-
-
-def check_video(layout: Layout, key: str, file: int, tolerance_s: float) -> list[Fault]:
-    """Faults of one video file, as far as its own index tells them: no frame is decoded."""
-    files = layout.videos[key]
-    path, rows = files.paths[file], files.rows(file)
-    try:
-        video = Video(layout.root / path)
-    except InputError as error:
-        text = str(error).removeprefix(f"{layout.root / path}").lstrip(": ")
-        return [Fault(path, text, tuple(layout.episodes[rows].tolist()), "unreadable")]
-    times, faults = video.times, []
-    if (video.height, video.width) != (expected := layout.image_size(key)):
-        text = (
-            f"pictures are {video.height} x {video.width}, expected {expected[0]} x {expected[1]} as in meta/info.json"
-        )
-        faults.append(Fault(path, text, tuple(layout.episodes[rows].tolist()), "unreadable"))
-    video.close()
-    misplaced = _misplaced(layout, files, rows)
-    for row in rows.tolist():
-        if row in misplaced:
-            faults.append(Fault(layout.episodes_file, f"{key} {misplaced[row]}", (int(layout.episodes[row]),)))
-            continue
-        wanted = files.start[row] + np.arange(layout.lengths[row]) / layout.fps
-        shown = times[nearest(times, wanted)]
-        if len(bad := np.flatnonzero(~(np.abs(shown - wanted) <= tolerance_s))):
-            due, shown = wanted[bad[0]], shown[bad[0]]
-            text = f"frame {bad[0]} should be shown at {due:.4f} s, the nearest one is at {shown:.4f} s"
-            if due > times[-1]:
-                held = len(wanted) - len(bad)
-                text = f"the video ends at {times[-1]:.4f} s and has {held} of its {layout.lengths[row]} frames"
-            faults.append(Fault(path, text, (int(layout.episodes[row]),)))
-    return faults
-
-
-def _misplaced(layout: Layout, files: Files, rows: np.ndarray) -> dict[int, str]:
-    """What is wrong with the places that the metadata give to the episodes of one video, by a frame or more."""
-    found: dict[int, str] = {}
-    if files.stop is None:
-        return found
-    due, half = 0.0, 0.5 / layout.fps
-    for row in rows.tolist():
-        start, stop, length = files.start[row], files.stop[row], layout.lengths[row]
-        lasting = length / layout.fps
-        if layout.episodes[row] != (layout.episodes[row - 1] + 1 if row else 0):
-            due = start  # nobody knows how long those in between last
-        moved = not abs(start - due) < half
-        if moved:
-            where = "where the one before ends" if due else "the beginning of its file"
-            found[row] = f"begins at {start:.4f} s, expected {due:.4f}, {where}"
-        elif not stop - start > lasting - half:
-            found[row] = f"lasts from {start:.4f} to {stop:.4f} s, expected {lasting:.4f} s for its {length} frames"
-        # Which of the two is wrong? The end is right if the start alone was moved.
-        right_end = not moved or abs(stop - start - lasting) >= half
-        due = stop if right_end and stop - due > lasting - half else due + lasting
-    return found
