@@ -272,14 +272,17 @@ def main(config: TrainConfig) -> None:
     if out_of_patience() or state["evaluated"] == steps:
         if state["best_step"] is None:
             raise FloatingPointError(f"eval/{config.eval.metric} was never finite, so there is nothing good to export")
-        if main_process:
+
+        def deliver() -> None:
             best = checkpoint.find(str(run_dir / "best"), checkpoints)
             state["best_step"] = int(best.name[-8:])  # another one if the save of the best has failed
             card = f"Trained on {', '.join(spec.name for spec in specs)}; the best of {step} steps of "
             card += f"{config.global_batch_size} samples was step {state['best_step']}."
             flags = ("backbone", "vision_backbone", "language_backbone")
             export(best, run_dir / "export", card, **{name: getattr(config.model, name) for name in flags})
-        log.result(state)
+            log.result(state)
+
+        checkpoint.together(accelerator, deliver)
     log.close()
     accelerator.wait_for_everyone()
     guard.watchdog.close()

@@ -1,5 +1,9 @@
-"""What a Saver takes, in small, for tests that need no training."""
+"""What a Saver takes, in small, for tests that need no training; and disks to fill."""
 
+import contextlib
+import subprocess
+
+import pytest
 import torch
 from accelerate import Accelerator
 
@@ -55,3 +59,19 @@ def commit(training, folder, step, keep=1, **values):
 
 def broken(*_, **__):
     raise OSError("first line\nsecond line")
+
+
+@contextlib.contextmanager
+def mounted(folder, options):
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=False).returncode:
+        pytest.skip("a disk can be mounted by root alone")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def fill(folder):
+    with contextlib.suppress(OSError), (folder / "filler").open("wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass

@@ -7,11 +7,14 @@ import pytest
 import torch
 from policies import ARM, TABLETOP, VALUES, tiny
 from safetensors.torch import load_file, save_file
+from saving import fill, mounted
+from training import after, run_module, train
 
 from vla import InputError
 from vla.data.stats import statistics
 from vla.export import export, init_from
 from vla.model import VLAPolicy
+from vla.saver import Saver
 
 # ---- Weights on their way in
 
@@ -192,3 +195,25 @@ def test_model_card_is_sound_markdown_and_describes_every_robot(tmp_path, datase
         assert rows["actions of tabletop"] == "dx, dy, gripper at 10 Hz, chunks of 8, 8 executed"
         assert rows["actions of arm"] == "joint_0, joint_1, joint_2, claw at 50 Hz, chunks of 8, 8 executed"
         assert 'policy.drive("tabletop")  # or arm' in code
+
+
+def test_export_that_finds_no_room_is_told_in_one_line_and_leaves_nothing_half_written(flags, tmp_path):
+    run = tmp_path / "disk/run"
+    run.parent.mkdir()
+    with mounted(run.parent, "size=20m"):
+        own = ("--steps", 4, "--log.trackers", "--run_dir", run)
+        children = train(*flags, *own, processes=2, before=lambda _: after(Saver, "finish", lambda *_: fill(run)))
+        assert [child.code for child in children] == [1, 1]
+        (error,) = [line for child in children for line in child.stderr.splitlines() if "rror" in line]
+        assert error.startswith(f"error: {run}/export cannot be written (")
+        assert sorted(path.name for path in run.iterdir()) == [
+            ".lock",
+            "checkpoints",
+            "config.json",
+            "filler",
+            "metrics.jsonl",
+        ]
+        (run / "filler").unlink()
+        (child,) = run_module("vla.export", run)
+        child.ok()
+        assert (run / "export/model.safetensors").exists()

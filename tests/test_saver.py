@@ -1,6 +1,5 @@
 """Saving in the background: a full disk or a later change of the tensors never costs a checkpoint."""
 
-import contextlib
 import os
 import pickle
 import random
@@ -8,7 +7,6 @@ import re
 import resource
 import shutil
 import stat
-import subprocess
 import threading
 from types import SimpleNamespace
 
@@ -16,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from saving import broken, commit, new_saver, small_training, state_of
+from saving import broken, commit, fill, mounted, new_saver, small_training, state_of
 from training import after, in_children, steps, train
 
 import vla.saver
@@ -33,22 +31,6 @@ def small_disk(tmp_path):
     folder.mkdir(parents=True)
     with mounted(folder, "size=4m"):
         yield folder
-
-
-@contextlib.contextmanager
-def mounted(folder, options):
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=False).returncode:
-        pytest.skip("a disk can be mounted by root alone")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", folder], check=True)
-
-
-def fill(folder):
-    with contextlib.suppress(OSError), (folder / "filler").open("wb", buffering=0) as file:
-        while file.write(bytes(4096)):
-            pass
 
 
 def full_after(step, folder, freed=True, checked=True):

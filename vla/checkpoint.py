@@ -27,13 +27,14 @@ import tempfile
 import time
 from collections.abc import Callable, Container, Iterable
 from pathlib import Path
+from typing import TypeVar
 
 import accelerate
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from vla import InputError, shards
+from vla import InputError, NotSaved, shards
 from vla.config import CheckpointConfig
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ NAME = re.compile(r"step_(\d{8})")
 TENSORS = {"model.safetensors", "optimizer.bin"}
 NEEDED = {"random_states_0.pkl", "config.json", "trainer_state.json"}
 PIECE = 1 << 24  # bytes hashed at once
+T = TypeVar("T")
 
 
 # ---- The folder of a run.
@@ -272,17 +274,17 @@ def find(resume_from: str, folder: Path, passed_over: Iterable[Path] = ()) -> Pa
     raise InputError(f"no good checkpoint of {folder.parent} was judged best; resume from {folder.parent} itself")
 
 
-def find_together(accelerator: Accelerator, resume_from: str, folder: Path, passed_over: Iterable[Path] = ()) -> Path:
-    """`find` on the main process, agreed on by all: each gets its path, or its InputError."""
+def together(accelerator: Accelerator, act: Callable[[], T]) -> T:
+    """Call `act()` on the main process alone; what it returns, or its InputError or NotSaved, reaches all."""
     answer: list = [None, None]
     if accelerator.is_main_process:
         try:
-            answer[0] = find(resume_from, folder, passed_over)
-        except InputError as failure:
-            answer[1] = str(failure)
+            answer[0] = act()
+        except (InputError, NotSaved) as failure:
+            answer[1] = failure
     broadcast_object_list(answer)
     if answer[1]:
-        raise InputError(answer[1])
+        raise answer[1]
     return answer[0]
 
 

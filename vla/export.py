@@ -13,10 +13,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vla import InputError, checkpoint
+from vla import InputError, NotSaved, checkpoint
 from vla.model.policy import VLAPolicy
 from vla.options import run_folder
 from vla.shards import Rows, files
@@ -32,7 +33,7 @@ def export(source: Path, out: Path, summary: str, merge: bool = False, **moved: 
 
     source: a verified checkpoint. summary: a sentence for the card. The folder is replaced whole. It needs nothing else
     but for adapters: these need the weights under them where --model.backbone found them, or `merge`. moved: where they
-    lie now (see VLAPolicy.from_pretrained).
+    lie now (see VLAPolicy.from_pretrained). Raises NotSaved, having changed nothing, if it cannot be written.
     """
     policy = VLAPolicy.from_pretrained(source, **moved)
     if files(source, "ema"):
@@ -42,14 +43,19 @@ def export(source: Path, out: Path, summary: str, merge: bool = False, **moved: 
         policy.merge()
     temporary = out.with_name(f".exporting_{out.name}")
     shutil.rmtree(temporary, ignore_errors=True)
-    policy.save_pretrained(temporary)
-    (temporary / "README.md").write_text(_card(policy, summary))
-    mode = checkpoint.file_mode(temporary)
-    for path in temporary.rglob("*"):
-        if path.is_file():
-            path.chmod(mode)  # safetensors leaves 0600
-    shutil.rmtree(out, ignore_errors=True)
-    temporary.rename(out)
+    try:
+        policy.save_pretrained(temporary)
+        (temporary / "README.md").write_text(_card(policy, summary))
+        mode = checkpoint.file_mode(temporary)
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                path.chmod(mode)  # safetensors leaves 0600
+        shutil.rmtree(out, ignore_errors=True)
+        temporary.rename(out)
+    except (OSError, SafetensorError) as failure:
+        shutil.rmtree(temporary, ignore_errors=True)
+        why = checkpoint.in_one_line(failure)
+        raise NotSaved(f"{out} cannot be written ({why}); make room, then python -m vla.export {source}") from None
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -199,5 +205,5 @@ if __name__ == "__main__":
 
     try:
         main(tyro.cli(ExportConfig, prog="python -m vla.export", config=(tyro.conf.PositionalRequiredArgs,)))
-    except InputError as error:
+    except (InputError, NotSaved) as error:
         sys.exit(f"error: {error}")

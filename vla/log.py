@@ -1,12 +1,15 @@
 """Where numbers and pictures of a run go: metrics.jsonl, the trackers, the progress bar, result.json."""
 
+import errno
 import io
 import json
 import math
+import os
 import resource
 import sys
 import time
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,8 +20,8 @@ from accelerate.tracking import TensorBoardTracker, get_available_trackers
 from PIL import Image
 from tqdm import tqdm
 
-from vla import InputError
-from vla.checkpoint import versions
+from vla import InputError, NotSaved
+from vla.checkpoint import in_one_line, versions
 from vla.config import TrainConfig
 from vla.options import flatten
 
@@ -42,6 +45,9 @@ WARM = 10  # steps before a trace begins
 class RunLog:
     """Writes on the main process, does nothing on the others. A resumed run continues the files at its step.
 
+    A disk that is full ends nothing: metrics.jsonl is filled up when there is room again, a tracker that failed is
+    dropped.
+
     evaluated: the run has the evaluation of its first step behind it, and will not log it again.
     """
 
@@ -61,8 +67,8 @@ class RunLog:
         accelerator.init_trackers("vla")
         if not accelerator.is_main_process:
             return
-        if first_step == 0 and (writer := self._tensorboard()):
-            writer.add_text("config", _markdown(config), 0)
+        if first_step == 0:
+            self._tensorboard(lambda writer: writer.add_text("config", _markdown(config), 0))
         self._keep_until(first_step, evaluated)
         terminal = sys.stderr.isatty()
         self.bar = tqdm(
@@ -84,33 +90,43 @@ class RunLog:
             return
         self.file.close()
         self._keep_until(step, evaluated)
-        if writer := self._tensorboard():
+
+        def purge(writer) -> None:
             from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
             # What SummaryWriter(purge_step=…) writes when it starts: readers then drop the later events before it.
             writer._get_file_writer().add_event(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
+
+        self._tensorboard(purge)
         self.bar.n = step
-        self.bar.refresh()
+        with suppress(OSError):
+            self.bar.refresh()
 
     def _keep_until(self, step: int, evaluated: bool) -> None:
         """Open metrics.jsonl with the lines up to a step, and up to its evaluation."""
         path = self.run_dir / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
         kept, last = [], {}
         for line in (line for line in lines if line.endswith("\n")):
-            _, _, number, kind, _ = line.split('"', 4)  # of {"step": 12, "train/loss": …: a long log is read in no time
-            logged = int(number.strip(": ,"))
+            try:  # of {"step": 12, "train/loss": …: a long log is read in no time
+                _, _, number, kind, rest = line.split('"', 4)
+                logged = int(number.strip(": ,"))
+                rest.index("}\n")
+            except ValueError:
+                self.say(f"warning: a damaged line of {path} is left out")
+                continue
             if logged < step or (logged == step and (evaluated or not kind.startswith("eval/"))):
                 kept.append(line)
                 last[kind] = line
         self.last = {}
         for line in last.values():
-            self.last |= json.loads(line)
+            with suppress(ValueError):  # damaged further on
+                self.last |= json.loads(line)
         self.last.pop("step", None)
         shortened = path.with_suffix(".tmp")
         shortened.write_text("".join(kept))
         shortened.replace(path)  # whole or not at all: a run may be killed here again
-        self.file = path.open("a")
+        self.file, self.pending = path.open("ab", buffering=0), b""
 
     @contextmanager
     def waiting_for_data(self):
@@ -123,7 +139,8 @@ class RunLog:
         """One optimizer step was made."""
         self.steps_since += 1
         if self.accelerator.is_main_process:
-            self.bar.update()
+            with suppress(OSError):  # nobody hears it any more, which is no reason to stop
+                self.bar.update()
             if self.profiler:
                 self.profiler.step()
 
@@ -152,9 +169,8 @@ class RunLog:
             return
         # JSON has no NaN: what is not finite becomes null.
         self.last |= {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self.file.write(json.dumps({"step": step} | {name: self.last[name] for name in values}) + "\n")
-        self.file.flush()
-        self.accelerator.log(values, step=step)
+        self._append(json.dumps({"step": step} | {name: self.last[name] for name in values}) + "\n")
+        self._tracked(lambda tracker: tracker.log(values, step=step))
         names = {
             "train/loss": "loss",
             "eval/loss": "eval",
@@ -162,23 +178,42 @@ class RunLog:
             "perf/samples_per_second": "samples/s",
         }
         known = {short: self.last.get(name) for name, short in names.items()}
-        self.bar.set_postfix({short: f"{value:.4g}" for short, value in known.items() if value is not None})
+        with suppress(OSError):
+            self.bar.set_postfix({short: f"{value:.4g}" for short, value in known.items() if value is not None})
+
+    def _append(self, line: str) -> None:
+        """Write a line to metrics.jsonl, after those that found no room; whole or not at all."""
+        size, lines = os.fstat(self.file.fileno()).st_size, self.pending + line.encode()
+        try:
+            if self.file.write(lines) < len(lines):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self.pending = b""
+        except OSError as failure:
+            self.file.truncate(size)
+            if not self.pending:
+                self.say(f"warning: metrics wait until {self.file.name} can be written again ({in_one_line(failure)})")
+            self.pending = lines
 
     def say(self, text: str) -> None:
         """A line for people, above the bar."""
         if self.accelerator.is_main_process:
-            tqdm.write(text, file=sys.stderr)
+            with suppress(OSError):
+                tqdm.write(text, file=sys.stderr)
 
     def images(self, step: int, name: str, images: np.ndarray) -> None:
         """One picture: a column for each sample, a row for each camera. images: uint8 [B, N, 3, h, w]."""
-        if writer := self._tensorboard():
+
+        def add(writer) -> None:
             rows = [np.concatenate(list(camera), axis=2) for camera in images.swapaxes(0, 1)]  # N times [3, h, B · w]
             writer.add_image(name, np.concatenate(rows, axis=1), step)
             writer.flush()
 
+        self._tensorboard(add)
+
     def video(self, step: int, name: str, frames: np.ndarray, fps: int) -> None:
         """A moving picture for TensorBoard. frames: uint8 [L, h, w, 3]."""
-        if writer := self._tensorboard():
+
+        def add(writer) -> None:
             from tensorboard.compat.proto.summary_pb2 import Summary
 
             # SummaryWriter.add_video wants moviepy to make a GIF; a GIF is all that TensorBoard needs.
@@ -187,6 +222,8 @@ class RunLog:
             )
             writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
             writer.flush()
+
+        self._tensorboard(add)
 
     def saves(self, step: int, metrics: list[dict[str, float]], problems: list[str]) -> None:
         """What became of checkpoints (see Saver.report)."""
@@ -200,11 +237,14 @@ class RunLog:
         if self.accelerator.is_main_process:
             if self.profiler:
                 self.profiler.stop()
-            self.bar.close()
+            with suppress(OSError):
+                self.bar.close()
             self.file.close()
+            self._tracked(lambda tracker: tracker.finish())
+            self.accelerator.trackers = []
 
     def result(self, state: dict) -> None:
-        """Write result.json. state: the trainer's counters at the end."""
+        """Write result.json. state: the trainer's counters at the end. Raises NotSaved if it cannot be written."""
         if not self.accelerator.is_main_process:
             return
         cuda = self.accelerator.device.type == "cuda"
@@ -220,14 +260,28 @@ class RunLog:
             "versions": versions(),
             "config": asdict(self.config),
         }
-        (self.run_dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+        path = self.run_dir / "result.json"
+        try:
+            path.with_suffix(".tmp").write_text(json.dumps(result, indent=2) + "\n")
+            path.with_suffix(".tmp").replace(path)
+        except OSError as failure:
+            path.with_suffix(".tmp").unlink(missing_ok=True)
+            raise NotSaved(f"{path} cannot be written ({in_one_line(failure)})") from None
 
-    def _tensorboard(self):
-        if self.accelerator.is_main_process:
-            for open_tracker in self.accelerator.trackers:
-                if open_tracker.name == "tensorboard":
-                    return open_tracker.writer
-        return None
+    def _tracked(self, use: Callable, name: str = "") -> None:
+        """Have each tracker, or that of this name, log something; one that fails is dropped."""
+        if not self.accelerator.is_main_process:
+            return
+        for tracker in [*self.accelerator.trackers]:
+            if name in ("", tracker.name):
+                try:
+                    use(tracker)
+                except OSError as failure:  # TensorBoard's writer raises it for ever
+                    self.accelerator.trackers.remove(tracker)
+                    self.say(f"warning: {tracker.name} logs no more in this start ({in_one_line(failure)})")
+
+    def _tensorboard(self, use: Callable) -> None:
+        self._tracked(lambda tracker: use(tracker.writer), "tensorboard")
 
 
 def gif(frames: np.ndarray, fps: int) -> bytes:

@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from accelerate.utils import load as load_tensors
 
 from vla import InputError
-from vla.checkpoint import NAME, find_together, in_one_line, read_state
+from vla.checkpoint import NAME, find, in_one_line, read_state, together
 from vla.learner import Learner
 from vla.model.policy import VLAPolicy
 from vla.optim import EMA, before_first_step, trained_parameters
@@ -85,7 +85,7 @@ def restore(learner: Learner, resume_from: str, folder: Path, passed_over: Itera
     accelerator = learner.accelerator
     passed_over = set(passed_over)
     while True:
-        path, state, problem = find_together(accelerator, resume_from, folder, passed_over), None, ""
+        path, state, problem = together(accelerator, lambda: find(resume_from, folder, passed_over)), None, ""
         learner.train_from(int(path.name[-8:]))  # as it was trained then
         try:
             state = load(accelerator, learner.policy, learner.optimizer, learner.ema, path)
