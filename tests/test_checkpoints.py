@@ -199,7 +199,7 @@ def test_checkpoint_of_another_version_is_told_from_a_good_one(run, say):
 
 def test_success_is_shown_as_a_share_though_its_score_is_negative(run, capsys):
     state = {"step": 5, "metric": "success", "score": -0.75}
-    checkpoints.show(run / "checkpoints", {of(run, 5): state}, {}, of(run, 5))
+    checkpoints.show(run / "checkpoints", {of(run, 5): state}, {}, {}, of(run, 5))
     assert rows(capsys.readouterr().out) == {5: "good, best (success 0.75), newest"}
 
 

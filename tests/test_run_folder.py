@@ -1,8 +1,10 @@
 """The folder of a run's checkpoints: what a crash leaves, what rotation keeps, and who may use it."""
 
 import contextlib
+import errno
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -16,7 +18,7 @@ from saving import commit, small_training, state_of
 from training import after, in_children, train
 
 import vla.saver
-from vla import InputError, NotSaved, checkpoint
+from vla import InputError, NotSaved, checkpoint, checkpoints
 from vla.config import CheckpointConfig
 
 # ---- Crashes.
@@ -221,6 +223,40 @@ def test_damaged_checkpoints_do_not_count_as_good_ones_when_a_save_rotates(tmp_p
     (child,) = in_children(save)
     assert f"{tmp_path / 'step_00000003/model.safetensors'} is damaged" in child.ok().stderr
     assert list(checkpoint.all_steps(tmp_path)) == [2, 4]
+
+
+@contextlib.contextmanager
+def unreadable(path, file):
+    """As of a network's disk for a moment."""
+
+    def read(asked, original=checkpoint._sha256):
+        if asked == path / file:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return original(asked)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "_sha256", read)
+        yield
+
+
+def test_checkpoint_that_cannot_be_read_now_is_kept_by_rotation_and_prune(tmp_path, capsys):
+    def save(_):
+        training = small_training()
+        for step in (1, 2, 3):
+            commit(training, tmp_path, step, keep=9)
+        with unreadable(tmp_path / "step_00000002", "model.safetensors"):
+            commit(training, tmp_path, 4, keep=2)
+
+    (child,) = in_children(save)
+    assert re.search("step_00000002/model.safetensors cannot be read: .*; it is kept", child.ok().stderr)
+    assert list(checkpoint.all_steps(tmp_path)) == [2, 3, 4]
+    with unreadable(tmp_path / "step_00000003", "optimizer.bin"):
+        good, damaged, unread, _ = found = checkpoints.look(tmp_path, hashes=True)
+    assert [[path.name[-1] for path in kind] for kind in (good, damaged, unread)] == [["2", "4"], [], ["3"]]
+    checkpoints.show(tmp_path, *found)
+    checkpoints.prune(tmp_path, CheckpointConfig(keep=1), good, damaged)
+    assert re.search("unreadable now\n.*\nstep 3: optimizer.bin cannot be read", capsys.readouterr().out)
+    assert list(checkpoint.all_steps(tmp_path)) == [3, 4]
 
 
 @pytest.mark.parametrize("case", ["older", "replaced"])

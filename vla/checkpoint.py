@@ -45,6 +45,10 @@ PIECE = 1 << 24  # bytes hashed at once
 T = TypeVar("T")
 
 
+class Unreadable(InputError):
+    """A checkpoint that could not be read this time, which does not prove that it is damaged."""
+
+
 # ---- The folder of a run.
 
 
@@ -146,14 +150,21 @@ def commit(temporary: Path, final: Path, others: dict[str, dict]) -> int:
 
 
 def rotate(folder: Path, state: dict, config: CheckpointConfig, is_good: Callable[[Path], bool]) -> None:
-    """Delete all but the newest good ones, the best, and those to keep for good.
+    """Delete all but the newest good ones, the best, those to keep for good, and those that cannot be read now.
 
-    Call it after committing and verifying step state["step"]. Checkpoints of later steps are deleted too: they are of a
-    future that was left by resuming from before it.
+    is_good: raises Unreadable for one of these. Call it after committing and verifying step state["step"]. Checkpoints
+    of later steps are deleted too: they are of a future that was left by resuming from before it.
     """
-    paths = all_steps(folder)
-    good = [path for step, path in reversed(paths.items()) if step <= state["step"] and is_good(path)]
-    for path in set(paths.values()) - to_keep(good, state, config) if good else ():
+    paths, good, unreadable = all_steps(folder), [], set()
+    for path in [path for step, path in reversed(paths.items()) if step <= state["step"]]:
+        try:
+            if is_good(path):
+                read_state(path)
+                good.append(path)
+        except Unreadable as failure:
+            logger.warning("%s; it is kept", failure)
+            unreadable.add(path)
+    for path in set(paths.values()) - unreadable - to_keep(good, state, config) if good else ():
         delete(path)
 
 
@@ -206,7 +217,7 @@ def check_origin(folder: Path, what: str, digests: list[str]) -> None:
 
 
 def verify(path: Path, hashed: Container[str] | None = None) -> None:
-    """Raises InputError, naming the file, unless the checkpoint is exactly what was committed.
+    """Raises InputError, naming the file, unless the checkpoint is exactly what was committed; Unreadable if unknown.
 
     hashed: the files whose hashes are compared, beside the sizes of all; default all.
     """
@@ -216,7 +227,7 @@ def verify(path: Path, hashed: Container[str] | None = None) -> None:
         there = {entry.name: entry.is_file() and not entry.is_symlink() for entry in path.iterdir()}
     except Exception as failure:  # by every kind of damage another one
         problem = f"it or its MANIFEST.json cannot be read ({in_one_line(failure)})"
-        raise InputError(f"{path} is no whole checkpoint: {problem}") from None
+        raise _unread(failure, f"{path} is no whole checkpoint: {problem}") from None
     if missing := _needed(listed) - listed.keys():
         raise InputError(f"{path} is no whole checkpoint: MANIFEST.json does not list {', '.join(sorted(missing))}")
     if strange := there.keys() ^ {*listed, "MANIFEST.json"} | {name for name, is_file in there.items() if not is_file}:
@@ -228,7 +239,14 @@ def verify(path: Path, hashed: Container[str] | None = None) -> None:
             if file.stat().st_size != size or (name in hashed and _sha256(file) != digest):
                 raise InputError(f"{file} is damaged: its size or hash is not the manifest's")
         except OSError as failure:
-            raise InputError(f"{file} cannot be read: {failure}") from None
+            raise _unread(failure, f"{file} cannot be read: {failure}") from None
+
+
+def _unread(failure: Exception, text: str) -> InputError:
+    """The error of this text: Unreadable, unless the failure lies in what is on the disk."""
+    missing = FileNotFoundError, NotADirectoryError, IsADirectoryError
+    unknown = isinstance(failure, OSError | MemoryError) and not isinstance(failure, missing)
+    return (Unreadable if unknown else InputError)(text)
 
 
 def _needed(listed: Iterable[str]) -> set[str]:
@@ -297,7 +315,7 @@ def read_state(path: Path) -> dict:
         state = json.loads((path / "trainer_state.json").read_text())
         del state["versions"]
     except (OSError, ValueError, KeyError, TypeError) as failure:
-        raise InputError(f"{path / 'trainer_state.json'} cannot be read ({in_one_line(failure)})") from None
+        raise _unread(failure, f"{path / 'trainer_state.json'} cannot be read ({in_one_line(failure)})") from None
     return state
 
 

@@ -22,12 +22,12 @@ from vla.config import CheckpointConfig
 from vla.options import load, run_folder
 
 
-def look(folder: Path, hashes: bool) -> tuple[dict[Path, dict], dict[Path, str], Path | None]:
-    """Good checkpoints with their counters, damaged ones with what is wrong, each by step; and the best.
+def look(folder: Path, hashes: bool) -> tuple[dict[Path, dict], dict[Path, str], dict[Path, str], Path | None]:
+    """Good checkpoints with their counters, damaged ones and unreadable ones with what is wrong; and the best.
 
     What a running job deletes meanwhile is left out.
     """
-    good, damaged = {}, {}
+    good, damaged, unreadable = {}, {}, {}
     paths = checkpoint.all_steps(folder).values()
     for path in tqdm(paths, "verifying", unit="checkpoint", leave=False, disable=not hashes):
         try:
@@ -37,33 +37,36 @@ def look(folder: Path, hashes: bool) -> tuple[dict[Path, dict], dict[Path, str],
             good[path] = {name: state[name] for name in needed}
         except InputError as failure:
             if path.exists():
-                damaged[path] = str(failure).replace(f"{path}/", "").removeprefix(f"{path} ")
+                bad = unreadable if isinstance(failure, checkpoint.Unreadable) else damaged
+                bad[path] = str(failure).replace(f"{path}/", "").removeprefix(f"{path} ")
         except KeyError as failure:
             damaged[path] = f"trainer_state.json has no {failure}, so it is of another version of this project"
     try:
         newest_first = list(reversed(good))
-        return good, damaged, checkpoint.best(good[newest_first[0]], newest_first) if good else None
+        return good, damaged, unreadable, checkpoint.best(good[newest_first[0]], newest_first) if good else None
     except InputError:  # one of the good ones was deleted meanwhile
         return look(folder, hashes)
 
 
-def show(folder: Path, good: dict[Path, dict], damaged: dict[Path, str], best: Path | None) -> None:
+def show(
+    folder: Path, good: dict[Path, dict], damaged: dict[Path, str], unreadable: dict[Path, str], best: Path | None
+) -> None:
     """Print what `look` found as a table, with what else is in the folder."""
     total = 0
     print(f"{'step':>8}  {'age':>7}  {'size':>7}")
-    for path in [*sorted([*good, *damaged]), *checkpoint.left_over(folder)]:
-        step, what = str(int(path.name[-8:])), "damaged"
+    for path in [*sorted([*good, *damaged, *unreadable]), *checkpoint.left_over(folder)]:
+        step, what = str(int(path.name[-8:])), "damaged" if path in damaged else "unreadable now"
         if path in good:
             metric, score = good[path]["metric"], good[path]["score"]  # the lower the score, the better
             what = f"good, best ({metric} {-score if metric == 'success' else score:.4g})" if path == best else "good"
             what += ", newest" if path == list(good)[-1] else ""
-        elif path not in damaged:
+        elif path not in damaged | unreadable:
             step, what = "", f"{path.name}: left over, or in use by a job"
         with suppress(FileNotFoundError):  # deleted meanwhile
             size = _bytes(path)
             print(f"{step:>8}  {_age(path):>7}  {_readable(size):>7}  {what}")
             total += size
-    for path, problem in damaged.items():
+    for path, problem in (damaged | unreadable).items():
         print(f"step {int(path.name[-8:])}: {problem}")
     print(f"{_readable(total)} in all, {_readable(shutil.disk_usage(folder).free)} free on the disk")
 
@@ -125,8 +128,8 @@ def main(config: CheckpointsConfig) -> None:
         checkpoint.lock(run_dir, patience=0)
         checkpoint.put_back(folder)
     hashes = config.verify or config.prune
-    good, damaged, best = look(folder, hashes)
-    show(folder, good, damaged, best)
+    good, damaged, unreadable, best = look(folder, hashes)
+    show(folder, good, damaged, unreadable, best)
     if not hashes:
         print("sizes were checked; --verify checks every hash")
     if config.export:
@@ -137,8 +140,8 @@ def main(config: CheckpointsConfig) -> None:
         export.main(export.ExportConfig(str(sources[wanted]), out))
     if config.prune:
         prune(folder, settings, good, damaged)
-    if config.verify and damaged:
-        raise InputError(f"{len(damaged)} of {len(good | damaged)} checkpoints damaged in {run_dir}")
+    if config.verify and (bad := damaged | unreadable):
+        raise InputError(f"{len(bad)} of {len(good | bad)} checkpoints damaged or unreadable in {run_dir}")
 
 
 if __name__ == "__main__":

@@ -265,9 +265,11 @@ class Saver:
         return self.folder / f".saving_step_{state['step']:08d}"
 
     def _is_good(self, path: Path) -> bool:
-        """Whole, by its hashes once, then by its sizes alone."""
+        """Whole, by its hashes once, then by its sizes alone. Raises Unreadable if it cannot be read now."""
         try:
             checkpoint.verify(path, hashed=() if path in self.good else None)
+        except checkpoint.Unreadable:
+            raise
         except InputError as failure:
             logger.warning("%s", failure)
             return False
