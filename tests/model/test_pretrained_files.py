@@ -130,6 +130,20 @@ def test_too_few_layers_for_the_images_are_refused(originals):
         policy_on(originals("qwen3_vl"), language_layers=1)
 
 
+def test_language_model_whose_window_is_shorter_than_the_prefix_is_refused(originals, tmp_path):
+    flags = originals("siglip") | moved({"language_backbone": originals("siglip")["language_backbone"]}, tmp_path)
+    for window, kind in ((56, "sliding_attention"), (55, "full_attention"), (55, "sliding_attention")):
+        kinds = ["full_attention", "full_attention", kind]
+        options = {"use_sliding_window": True, "sliding_window": window, "layer_types": kinds}
+        edited("config.json", **options)(tmp_path / "language_backbone")
+        if (window, kind) != (55, "sliding_attention"):
+            policy_on(flags)  # 2 images of 16 tokens, 24 of the instruction
+    with pytest.raises(
+        InputError, match=r"are 56 tokens, and layers of .* are made to see the last 55 alone \(sliding_window\)"
+    ):
+        policy_on(flags)
+
+
 def test_causal_attention_is_refused_where_images_and_instruction_see_each_other(originals):
     model = settings(originals("paligemma"), attention="flash_attention_2").model
     with pytest.raises(InputError, match="flash_attention_2 is causal, and in paligemma images and instruction see"):

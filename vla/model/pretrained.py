@@ -251,9 +251,23 @@ def build(model: ModelConfig, cameras: int, image_size: tuple[int, int], saved: 
         )
     grid = tuple(size // patch for size in encoder.pixels.size)
     layout = _layout(tokenizer, family, grid[0] * grid[1], cameras, int(kind == "paligemma"), model.max_tokens)
+    _check_window(text, len(layout.ids) + model.max_tokens, model)
     if kind.startswith("qwen"):
         layout = _in_space(base, layout, [1, grid[0] * merge, grid[1] * merge])
     return Backbone(encoder, projector, LanguageModel(decoder, out, tokenizer, family, layout, model), originals)
+
+
+def _check_window(text, length: int, model: ModelConfig) -> None:
+    """Raises InputError for a decoder of which some layer sees less than a prefix of this length (sliding windows)."""
+    window, kinds = getattr(text, "sliding_window", None), getattr(text, "layer_types", None)
+    if model.attention == "flash_attention_2" or (kinds and "sliding_attention" not in kinds):  # the first obeys it
+        return
+    if window and length > window:
+        raise InputError(
+            f"images and instruction are {length} tokens, and layers of {model.backbone or model.language_backbone} "
+            f"are made to see the last {window} alone (sliding_window), which is not done here; lower "
+            "--model.max_tokens, give fewer or smaller images, or another language model"
+        )
 
 
 def _next_token(whole: nn.Module, model: ModelConfig) -> nn.Module | None:
