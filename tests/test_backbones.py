@@ -184,6 +184,17 @@ def test_run_whose_base_has_moved_goes_on_and_exports(models, flags, tmp_path):
         0
     ].ok()
     (tmp_path / "base").rename(tmp_path / "moved")
+    acting = ("--policy", tmp_path / "run/export", "--env", "tabletop", "--episodes", 1, "--out", tmp_path / "out.json")
+    for module, *arguments in (
+        ("vla.export", tmp_path / "run", "--merge"),
+        ("vla.checkpoints", tmp_path / "run", "--export", "best", tmp_path / "again"),
+        ("vla.rollout", *acting),
+    ):
+        (child,) = run_module(module, *arguments)
+        assert "base: there is no such folder; give the one where it lies now (of an export: --backbone" in child.stderr
+        run_module(module, *arguments, "--backbone", tmp_path / "moved")[0].ok()
+    merged = VLAPolicy.from_pretrained(tmp_path / "run/merged")
+    assert not merged.config.lora.rank
     train("--resume_from", tmp_path / "run", "--steps", "18", "--model.backbone", tmp_path / "moved")[0].ok()
     assert VLAPolicy.from_pretrained(tmp_path / "run/export").config.model.backbone == str(tmp_path / "moved")
 

@@ -18,7 +18,7 @@ import tyro
 from tqdm import tqdm
 
 from vla import InputError, checkpoint, export
-from vla.config import CheckpointConfig
+from vla.config import CheckpointConfig, MovedConfig
 from vla.options import load, run_folder
 
 
@@ -104,7 +104,7 @@ def _readable(size: int) -> str:
 
 
 @dataclass(frozen=True)
-class CheckpointsConfig:
+class CheckpointsConfig(MovedConfig):
     """List the checkpoints of a run; verify, export or prune them."""
 
     # A run folder, RUN/best, or one checkpoint.
@@ -137,7 +137,7 @@ def main(config: CheckpointsConfig) -> None:
         sources = {"best": run_dir} | {str(step): path for step, path in checkpoint.all_steps(folder).items()}
         if wanted not in sources:
             raise InputError(f"--export {wanted}: expected one of {', '.join(sources)}")
-        export.main(export.ExportConfig(str(sources[wanted]), out))
+        export.main(export.ExportConfig(str(sources[wanted]), out, **config.moved()))
     if config.prune:
         prune(folder, settings, good, damaged)
     if config.verify and (bad := damaged | unreadable):

@@ -1,6 +1,6 @@
 """Everything that a training run can be told: a field of these dataclasses is a flag, the comment above it its help."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 MODULES = ("vision_encoder", "language_model", "action_head")  # of every policy; a composed one has a projector too
@@ -156,6 +156,20 @@ class LoraConfig:
     modules: tuple[str, ...] = ("language_model",)
     # Linear maps in them, by the ends of their names, such as q_proj v_proj (by default all in the repeated blocks).
     targets: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class MovedConfig:
+    # Where the pretrained image-text model under adapters lies now, if not where the run found it.
+    backbone: str = ""
+    # The same of the image encoder of a composed one.
+    vision_backbone: str = ""
+    # The same of its language model.
+    language_backbone: str = ""
+
+    def moved(self) -> dict[str, str]:
+        """As VLAPolicy.from_pretrained takes it."""
+        return {each.name: getattr(self, each.name) for each in fields(MovedConfig)}
 
 
 @dataclass(frozen=True)

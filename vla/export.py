@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vla import InputError, NotSaved, checkpoint
+from vla.config import MovedConfig
 from vla.model.policy import VLAPolicy
 from vla.options import run_folder
 from vla.shards import Rows, files
@@ -174,7 +175,7 @@ action = policy.select_action({{"images": images, "state": state, "instruction":
 
 
 @dataclass(frozen=True)
-class ExportConfig:
+class ExportConfig(MovedConfig):
     """Make the folder that drives a robot from a run or a checkpoint."""
 
     # A run folder (its best checkpoint), RUN/best, or one checkpoint.
@@ -196,7 +197,7 @@ def main(config: ExportConfig) -> None:
     if config.merge and not json.loads((source / "config.json").read_text())["lora"]["rank"]:
         raise InputError(f"{source} has no adapters to merge; leave out --merge")
     step = json.loads((source / "trainer_state.json").read_text())["step"]
-    export(source, out, f"Trained for {step} steps.", config.merge)
+    export(source, out, f"Trained for {step} steps.", config.merge, **config.moved())
     print(f"{source} exported to {out}")
 
 

@@ -24,6 +24,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from vla import InputError, keyed, sim
+from vla.config import MovedConfig
 from vla.log import gif
 from vla.model.policy import VLAPolicy
 from vla.model.spec import PolicyConfig, check
@@ -168,7 +169,7 @@ def check_fits(policy: PolicyConfig, env: str, dataset: str = "") -> str:
 
 
 @dataclass(frozen=True)
-class RolloutConfig:
+class RolloutConfig(MovedConfig):
     """Act with an exported policy."""
 
     # Folder that VLAPolicy.from_pretrained takes: an export, a checkpoint, or a name on the Hugging Face hub.
@@ -231,7 +232,7 @@ def main(config: RolloutConfig) -> None:
         if Path(file).is_dir():
             raise InputError(f"{file} is a folder, expected the name of a file")
         Path(file).parent.mkdir(parents=True, exist_ok=True)  # now, and not when there is something to lose
-    policy = VLAPolicy.from_pretrained(config.policy).to(config.device)
+    policy = VLAPolicy.from_pretrained(config.policy, **config.moved()).to(config.device)
     dataset = check_fits(policy.config, config.env, config.dataset)
     policy.drive(dataset)
     steps = config.n_action_steps or policy.config.model.n_action_steps

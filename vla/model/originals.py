@@ -36,7 +36,7 @@ class Originals:
         if self.saved and what != "weights":
             name = str(_place(self.saved, flag))
         if name.startswith((".", "/", "~")) and not Path(name).is_dir():
-            cure = f"give the one where it lies now (of an export: from_pretrained(…, {flag}=…))"
+            cure = f"give the one where it lies now (of an export: --{flag}, or from_pretrained(…, {flag}=…))"
             raise InputError(f"--model.{flag} {name}: there is no such folder; {cure}")
         try:
             return read(name)

@@ -213,7 +213,7 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
             folder = Path(snapshot_download(model_id, **download))
         settings = from_dict(PolicyConfig, config, str(folder / "config.json"))
         moved = {"backbone": backbone, "vision_backbone": vision_backbone, "language_backbone": language_backbone}
-        moved = {name: str(place) for name, place in moved.items() if place}
+        moved = {n: str(Path(p).resolve() if Path(p).is_dir() else p) for n, p in moved.items() if p}
         if settings.model.attention == "flash_attention_2":  # an export loads anywhere
             moved["attention"] = "sdpa"
         settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, **moved))
