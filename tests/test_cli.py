@@ -331,7 +331,7 @@ def test_rollout_itself_exits_with_one_line(tmp_path):
     done = command(sys.executable, "-m", "vla.rollout", "--policy", tmp_path, "--env", "tabletop")
     assert done.returncode == 1
     assert done.stderr.splitlines() == [done.stderr.strip()]
-    assert done.stderr.startswith(f"error: --policy {tmp_path}")
+    assert done.stderr.startswith(f"error: {tmp_path}")
 
 
 def test_export_refuses_what_is_no_run_in_one_line(finished, tmp_path):

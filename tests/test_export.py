@@ -126,6 +126,7 @@ def test_code_in_a_pickle_is_refused_and_does_not_run(tmp_path, place):
 
 def test_what_holds_no_weights_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
     (tmp_path / "text.pt").write_text("mine")
     (tmp_path / "text.safetensors").write_text("mine")
     torch.save([torch.zeros(2)], tmp_path / "list.pt")
@@ -133,6 +134,7 @@ def test_what_holds_no_weights_is_refused(tmp_path):
     for name, told in {
         "nothing": "is neither an export folder nor a file of weights",
         "empty": "is neither an export folder nor a file of weights",
+        "run": "is neither .* weights: give .*/run/export or .*/run/best",
         "text.pt": "cannot be read as weights alone",
         "text.safetensors": "cannot be read as weights alone",
         "list.pt": "holds no state_dict",

@@ -87,6 +87,13 @@ def test_every_way_to_name_a_run_finds_it(path, tmp_path):
     assert settings.run_dir == str(tmp_path / "run")
 
 
+def test_export_in_place_of_a_run_is_refused_naming_the_cure(tmp_path):
+    (tmp_path / "run/export").mkdir(parents=True)
+    (tmp_path / "run/export/model.safetensors").touch()
+    with pytest.raises(InputError, match=r"export is an export; give the run that it comes from, or .* --init_from"):
+        options.parse(["--resume_from", str(tmp_path / "run/export")])
+
+
 def test_flags_parse_with_hyphens_and_underscores(tmp_path):
     save_run(tmp_path / "run")
     for flag in ("--resume_from", "--resume-from"):

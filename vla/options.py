@@ -146,7 +146,13 @@ def resume_folder(config: TrainConfig) -> Path | None:
         folder = Path(config.run_dir, "checkpoints")
         started = any(folder.glob("step_*")) or any(folder.glob(".replaced_*"))  # see vla/checkpoint.py
         return Path(config.run_dir) if started else None
-    return run_folder(Path(config.resume_from))
+    folder = run_folder(Path(config.resume_from))
+    if (folder / "model.safetensors").is_file():
+        raise InputError(
+            f"--resume_from {config.resume_from} is an export; give the run that it comes from, or begin one with "
+            "--init_from"
+        )
+    return folder
 
 
 def run_folder(path: Path) -> Path:
@@ -154,6 +160,16 @@ def run_folder(path: Path) -> Path:
     if path.name == "best" or path.name.startswith("step_"):
         path = path.parent
     return path.parent if path.name == "checkpoints" else path
+
+
+def check_policy(name: str | Path) -> None:
+    """Raises InputError for what is neither a folder with a policy nor may be one's name on the Hugging Face hub."""
+    path = Path(name)
+    if (path / "checkpoints").is_dir():
+        raise InputError(f"{path} is a run, expected a policy; give {path / 'export'}, or {path / 'best'}")
+    here = path.exists() or path.parent.is_dir() or str(path).count("/") != 1
+    if here and not (path / "config.json").is_file():
+        raise InputError(f"{path} is no folder with a config.json; give an export, such as runs/NAME/export")
 
 
 def accumulation(config: TrainConfig, world_size: int) -> tuple[int, int]:

@@ -28,7 +28,7 @@ from vla.config import MovedConfig
 from vla.log import gif
 from vla.model.policy import VLAPolicy
 from vla.model.spec import PolicyConfig, check
-from vla.options import run_folder, within
+from vla.options import check_policy, run_folder, within
 from vla.sim.episodes import Episode, Lane, film_fps
 from vla.workers import Workers
 
@@ -207,12 +207,7 @@ class RolloutConfig(MovedConfig):
 
 
 def main(config: RolloutConfig) -> None:
-    if not Path(config.policy, "config.json").is_file() and (
-        Path(config.policy).exists() or config.policy.count("/") != 1
-    ):
-        raise InputError(
-            f"--policy {config.policy} is no folder with a config.json; give an export, such as runs/NAME/export"
-        )
+    check_policy(config.policy)
     world = sim.make(config.env)
     tasks, tiers = world.tasks, world.tiers
     count = config.episodes

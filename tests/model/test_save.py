@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import PyTorchModelHubMixin
 from robots import HEADS, actions, edit_config, random_batch, saved, tiny
 from safetensors.torch import load_file, save_file
 
@@ -68,14 +69,14 @@ def edit_weights(folder, change):
 def test_missing_weights_are_refused(tmp_path, name):
     folder = saved(tmp_path)
     edit_weights(folder, lambda weights: weights.pop(name))
-    with pytest.raises(InputError, match=rf"does not fit its config.json: missing \['{name}'\], left over nothing"):
+    with pytest.raises(InputError, match=f"export are not those of this policy: missing {name}, left over nothing"):
         VLAPolicy.from_pretrained(folder)
 
 
 def test_weights_that_are_left_over_are_refused(tmp_path):
     folder = saved(tmp_path)
     edit_weights(folder, lambda weights: weights.update({"language_model.extra": torch.zeros(2)}))
-    with pytest.raises(InputError, match=r"missing nothing, left over \['language_model.extra'\]"):
+    with pytest.raises(InputError, match=r"missing nothing, left over language_model.extra, of another"):
         VLAPolicy.from_pretrained(folder)
 
 
@@ -85,6 +86,26 @@ def test_weights_without_statistics_are_refused(tmp_path, name):
     edit_weights(folder, lambda weights: weights[name].__setitem__(0, torch.nan))
     with pytest.raises(InputError, match="no normalization statistics"):
         VLAPolicy.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("run", "run is a run, expected a policy; give .*run/export, or .*run/best"),
+        ("empty", "empty is no folder with a config.json; give an export"),
+        ("nowhere/export", "nowhere/export is no folder with a config.json"),
+        ("./nowhere", "nowhere is no folder with a config.json"),
+        ("empty/export", "empty/export is no folder with a config.json"),
+    ],
+)
+def test_what_is_no_policy_is_refused_without_asking_the_hub(name, told, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    (tmp_path / "run/config.json").write_text("{}")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setattr(PyTorchModelHubMixin, "from_pretrained", None)
+    with pytest.raises(InputError, match=told):
+        VLAPolicy.from_pretrained(tmp_path / name if name.startswith("nowhere") else name)
 
 
 @pytest.mark.parametrize("part", ["model", "loss"])

@@ -28,7 +28,7 @@ from vla.model.heads import HEADS
 from vla.model.lora import add_adapters, merge_adapters, submodule
 from vla.model.normalize import Normalizer
 from vla.model.spec import DatasetSpec, PolicyConfig, check
-from vla.options import from_dict, run_folder
+from vla.options import check_policy, from_dict, run_folder
 from vla.shards import Rows
 
 
@@ -192,6 +192,12 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
         return other
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options) -> "VLAPolicy":
+        """The policy in a folder (an export, a checkpoint), or of a name on the hub. options: see _from_pretrained."""
+        check_policy(pretrained_model_name_or_path)
+        return super().from_pretrained(pretrained_model_name_or_path, **options)
+
+    @classmethod
     def _from_pretrained(
         cls,
         *,
@@ -232,14 +238,8 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
             weights = Rows.of(folder, "model")
         except (OSError, SafetensorError) as failure:
             raise InputError(f"the weights in {folder} cannot be read ({failure}); export the policy again") from None
-        missing = sorted(own.keys() - weights.parts.keys() - (policy._base if settings.base else set()))
-        left_over = sorted(weights.parts.keys() - own.keys())
-        if missing or left_over:
-            raise InputError(
-                f"{folder / 'model.safetensors'} does not fit its config.json: missing {missing or 'nothing'}, "
-                f"left over {left_over or 'nothing'}; export the policy again"
-            )
-        weights.fill({name: own[name] for name in weights.parts}, f"the weights in {folder}")
+        needed = own.keys() - (policy._base - weights.parts.keys() if settings.base else set())
+        weights.fill({name: own[name] for name in needed}, f"the weights in {folder}")
         policy.keep(weights.parts)
         policy.state_norm.require()
         policy.action_norm.require()
