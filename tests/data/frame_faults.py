@@ -1,7 +1,7 @@
 """Faults of frames, in files of numbers, pictures and videos: how each is planted, and what is told of it."""
 
 import numpy as np
-from lerobot_sets import DATA, EPISODES, edit_columns
+from lerobot_sets import DATA, EPISODES, column, edit_columns
 from planting import (
     ALL,
     OLDER_FILE,
@@ -33,6 +33,13 @@ noise = np.random.default_rng(0).integers(0, 256, (16, 32, 3), dtype=np.uint8)
 LFS = b"version https://git-lfs.github.com/spec/v1\n"
 UNREADABLE = "is unreadable (*)"
 NO_VIDEO = "is missing or no whole video (*): copy or write the data set again"
+
+
+def no_video_of_the_last(root):
+    names = (f"videos/{WRIST}/{name}" for name in ("chunk_index", "file_index", "from_timestamp", "to_timestamp"))
+    edit_columns(root / EPISODES, {name: [*column(root / EPISODES, name)[:3], None] for name in names})
+
+
 # Which data set, what is planted, what is told (* stands for anything, and at the end for more that follows from it),
 # and the episodes that --data.skip_bad leaves out (None: it does not help).
 FRAME_FAULTS = {
@@ -305,6 +312,12 @@ FRAME_FAULTS = {
     # Videos.
     "video missing": ("v2.1 h264", removed(OLDER_VIDEO), [f"{OLDER_VIDEO}: episode 1: {NO_VIDEO}"], {1}),
     "video of all missing": ("h264", removed(VIDEO), [f"{VIDEO}: episodes 0 to 3: {NO_VIDEO}"], ALL),
+    "video of one not named": (
+        "h264",
+        no_video_of_the_last,
+        [f"meta/episodes: episode 3: no video of {WRIST} is named, expected one for each episode"],
+        {3},
+    ),
     "video cut short": ("v2.1 h264", shorter(OLDER_VIDEO), [f"{OLDER_VIDEO}: episode 1: *"], {1}),
     "video empty": ("v2.1 h264", content(OLDER_VIDEO, b""), [f"{OLDER_VIDEO}: episode 1: {NO_VIDEO}"], {1}),
     "video left in git LFS": ("v2.1 h264", content(OLDER_VIDEO, LFS), [f"{OLDER_VIDEO}: episode 1: {NO_VIDEO}"], {1}),

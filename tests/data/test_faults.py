@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 from episode_faults import EPISODE_FAULTS
-from frame_faults import FRAME_FAULTS
+from frame_faults import FRAME_FAULTS, no_video_of_the_last
 from lerobot_sets import DATA, EPISODES, column, copy, edit_columns, edit_info, edit_value, made_up, numbers, write
 from planting import ALL, TASKS, VIDEO, WRIST, F, begins, damaged_packet, filmed_anew, sound_sets, start
 
@@ -160,6 +160,7 @@ def test_frames_of_no_episode_between_those_of_others_can_be_accepted_and_an_ove
 
 def test_faults_of_a_camera_that_is_not_asked_for_are_no_hindrance(bases, tmp_path):
     root = copy(bases["h264"], tmp_path / "set")
+    no_video_of_the_last(root)
     (root / VIDEO).unlink()
     data = LeRobotDataset(root, cameras=("table",))
     np.testing.assert_array_equal(numbers(data.images(np.arange(F)))[:, 0], np.arange(F))

@@ -164,6 +164,11 @@ def episodes_in_two_files(root):
     pq.write_table(table.slice(0, 2), root / "meta/episodes/chunk-001/file-000.parquet")
 
 
+def numbers_in_lists_of_one(root):
+    names = ("timestamp", "frame_index", "episode_index", "index", "task_index")
+    edit_columns(root / DATA, {name: [[value] for value in column(root / DATA, name)] for name in names})
+
+
 def without_video_path(root):
     edit_info(root, lambda info: info.pop("video_path"))
 
@@ -187,6 +192,10 @@ ODD_SETS = {
     "large lists": retyped("action", pa.large_list(pa.float32())),
     "int32 indices": retyped("episode_index", pa.int32()),
     "float64 timestamps": retyped("timestamp", pa.float64()),
+    "numbers in lists of one": numbers_in_lists_of_one,
+    "no frame_index": lambda root: edit_columns(root / DATA, {"frame_index": None}),
+    "no index": lambda root: edit_columns(root / DATA, {"index": None}),
+    "a file of macOS's": lambda root: (root / EPISODES).with_name("._file-000.parquet").write_bytes(b"\0\5\x16\7"),
     "fps as a float": lambda root: edit_info(root, lambda info: info.update(fps=10.0)),
 }
 
@@ -209,6 +218,13 @@ def test_lines_of_v21_metadata_may_come_in_any_order(png, tmp_path):
     numbers_equal(data, made_up())
     np.testing.assert_array_equal(numbers(data.images(ALL)), SHOWN)
     assert (data.episode_numbers.tolist(), data.instructions) == ([0, 1, 2, 3], ["task 0", "task 1"])
+
+
+def test_index_of_v21_may_count_anew_in_each_episode(png, tmp_path):
+    root = as_v21(png, tmp_path / "older")
+    for path in root.glob("data/*/*.parquet"):
+        edit_columns(path, {"index": column(path, "frame_index")})
+    numbers_equal(LeRobotDataset(root), made_up())
 
 
 @pytest.mark.parametrize("dtype", [np.int64, np.uint8, np.bool_, np.float16])

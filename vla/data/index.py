@@ -28,7 +28,8 @@ from vla.data.timing import check_video
 VERSION = 2  # of the files written here
 ROWS = 1 << 18  # of a parquet file read at once
 TAIL_BYTES = 1 << 16  # the end of a parquet or mp4 file has the sizes of all that it holds
-INDICES = ["episode_index", "frame_index", "timestamp", "index", "task_index"]
+NEEDED = ["episode_index", "timestamp", "task_index"]
+CHECKED = {"frame_index", "index", "task_id"}  # where there is such a column
 
 
 class Index:
@@ -134,10 +135,7 @@ class _Reader:
         self.start = np.cumsum(layout.lengths) - layout.lengths  # [E]
         self.seen, self.last_row = np.zeros_like(self.start), np.zeros_like(self.start)
         self.first_row = np.zeros_like(self.start)
-        self.index_from = layout.index_from.copy()
-        # In v2.1 the index of an episode follows from the lengths of those before, unless one of these is wrong.
-        self.index_known = np.diff(layout.episodes, prepend=-1) == 1
-        self.index_known |= layout.version == "v3.0"
+        self.index_from = np.zeros_like(self.start) if layout.index_from is None else layout.index_from
         self.digest = hashlib.sha256(json.dumps([layout.fps, *self.columns.values(), *self.names.values()]).encode())
         self.digest.update(json.dumps(layout.instructions).encode())
         self.digest.update(layout.lengths)
@@ -163,13 +161,13 @@ class _Reader:
         try:
             with pq.ParquetFile(layout.root / path) as parquet:
                 has = parquet.schema_arrow.names
-                if missing := sorted({*features, *INDICES, *images} - set(has)):
+                if missing := sorted({*features, *NEEDED, *images} - set(has)):
                     raise InputError(f"lacks the columns {missing}, expected them as in meta/info.json")
                 for key in images:
                     kind = parquet.schema_arrow.field(key).type
                     if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
                         raise InputError(f"has {key} as {kind}, expected each image's bytes in a struct")
-                wanted = [*features, *INDICES, *({"task_id"} & set(has) - set(features))]
+                wanted = [*features, *NEEDED, *(CHECKED & set(has) - set(features))]
                 rows = 0
                 for batch in parquet.iter_batches(ROWS, columns=wanted):
                     self._take(path, of_file, batch, rows)
@@ -181,18 +179,12 @@ class _Reader:
                 reason = "is missing" if missing else f"is unreadable ({reason.splitlines()[0]})"
             for row in of_file:
                 self.note(path, "", row, reason)
-            self._doubt_index_after(of_file)
             return
         for row in of_file[self.seen[of_file] != layout.lengths[of_file]]:
             self.note(path, "", row, f"has {self.seen[row]} rows, expected {layout.lengths[row]}")
-            self._doubt_index_after(row)
         apart = self.last_row[of_file] - self.first_row[of_file] + 1 != self.seen[of_file]
         for row in of_file[apart & (self.seen[of_file] > 0)]:
             self.note(path, "", row, "its rows lie apart, expected one after the other")
-
-    def _doubt_index_after(self, rows: np.ndarray) -> None:
-        if self.layout.version != "v3.0":
-            self.index_known[np.minimum(rows + 1, len(self.index_known) - 1)] = False
 
     def _take(self, path: str, of_file: np.ndarray, batch: pa.RecordBatch, rows_before: int) -> None:
         layout = self.layout
@@ -211,8 +203,9 @@ class _Reader:
         present = row[order][bounds]
         within = np.empty(len(row), dtype=np.int64)
         within[order] = np.arange(len(row)) - np.repeat(bounds - self.seen[present], counts)
-        starting = present[self.seen[present] == 0]
-        self.first_row[starting] = in_file[order][bounds][self.seen[present] == 0]
+        begins = self.seen[present] == 0
+        starting, first = present[begins], order[bounds[begins]]
+        self.first_row[starting] = in_file[first]
         self.last_row[present] = in_file[order][bounds + counts - 1]
         self.seen[present] += counts
         fits = within < layout.lengths[row]
@@ -224,17 +217,20 @@ class _Reader:
                 self.note(path, column, row[first], f"frame {within[first]}: {column} is {tell(first)}")
 
         tasks = _integers(batch, "task_index")
-        times = batch["timestamp"].cast(pa.float64()).to_numpy(zero_copy_only=False)
+        times = _single(batch["timestamp"]).cast(pa.float64()).to_numpy(zero_copy_only=False)
         due = within / layout.fps
         # A float32 of an hour is exact to 0.1 ms only.
         on_time = np.abs(times - due) <= self.tolerance + np.abs(due) * 2.0**-23
-        index, frame = _integers(batch, "index"), _integers(batch, "frame_index")
-        for at in starting[~self.index_known[starting]]:
-            self.index_from[at:] += index[row == at][0] - self.index_from[at]
-        expected_index = self.index_from[row] + within
-        check("frame_index", frame == within, lambda i: f"{frame[i]}, expected {within[i]}")
+        if "frame_index" in batch.schema.names:
+            frame = _integers(batch, "frame_index")
+            check("frame_index", frame == within, lambda i: f"{frame[i]}, expected {within[i]}")
         check("timestamp", on_time, lambda i: f"{times[i]:.6g} s, expected {due[i]:.6g} within {self.tolerance:g}")
-        check("index", index == expected_index, lambda i: f"{index[i]}, expected {expected_index[i]}")
+        if "index" in batch.schema.names:
+            index = _integers(batch, "index")
+            if layout.index_from is None:  # some count on over all episodes, and some anew in each
+                self.index_from[starting] = index[first]
+            due_index = self.index_from[row] + within
+            check("index", index == due_index, lambda i: f"{index[i]}, expected {due_index[i]}")
         task_good = (tasks >= 0) & (tasks < len(layout.instructions))
         expected = f"0 to {len(layout.instructions) - 1} as in {layout.tasks_file}"
         check("task_index", task_good, lambda i: f"{tasks[i]}, expected {expected}")
@@ -301,7 +297,12 @@ class _Reader:
 
 def _integers(batch: pa.RecordBatch, column: str) -> np.ndarray:
     """A column as int64 [R], -1 where it is null."""
-    return pc.fill_null(batch[column].cast(pa.int64()), -1).to_numpy(zero_copy_only=False)
+    return pc.fill_null(_single(batch[column]).cast(pa.int64()), -1).to_numpy(zero_copy_only=False)
+
+
+def _single(column: pa.Array) -> pa.Array:
+    """Numbers, of which each may be in a list of its own."""
+    return pc.list_element(column, 0) if pa.types.is_nested(column.type) else column
 
 
 def _vectors(column: pa.Array, dim: int) -> tuple[np.ndarray, np.ndarray]:

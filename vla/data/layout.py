@@ -17,6 +17,7 @@ from vla import InputError
 from vla.data.faults import Fault
 
 REPAIR = "copy or write the data set again"
+NOWHERE = "no file"  # in the place of a path that the metadata do not tell
 
 
 @dataclass
@@ -49,7 +50,7 @@ class Layout:
     instructions: list[str]  # by task index; empty where the file has none
     episodes: np.ndarray  # int64 [E], the number of each episode, ascending
     lengths: np.ndarray  # int64 [E], frames of each
-    index_from: np.ndarray  # int64 [E], the column `index` of its first frame
+    index_from: np.ndarray | None  # int64 [E], the column `index` of its first frame; the v2.1 metadata do not tell
     data: Files
     videos: dict[str, Files]  # by feature
     tasks_file: str
@@ -136,8 +137,10 @@ def _read_v3(root: Path, info: dict) -> Layout:
     columns = ["episode_index", "length", "dataset_from_index", "dataset_to_index"]
     columns += ["data/chunk_index", "data/file_index"]
     times = ("from_timestamp", "to_timestamp")
+    needed = len(columns)  # a video, if its camera is used at all
     columns += [f"videos/{key}/{name}" for key in videos for name in ("chunk_index", "file_index", *times)]
-    tables = [read_parquet(file, columns) for file in sorted(root.glob("meta/episodes/*/*.parquet"))]
+    # macOS leaves files of attributes beside the real ones, with a dot before their names.
+    tables = [read_parquet(file, columns) for file in sorted(root.glob("meta/episodes/*/[!.]*.parquet"))]
     if not tables:
         raise InputError(f"{root}/meta/episodes has no parquet file, expected at least 1: {REPAIR}")
     try:
@@ -145,15 +148,18 @@ def _read_v3(root: Path, info: dict) -> Layout:
         table = pa.concat_tables([table.select(columns).cast(pa.schema(kinds)) for table in tables])
     except pa.ArrowException as error:
         raise InputError(f"{root}/meta/episodes: {error}, expected whole numbers and times: {REPAIR}") from error
-    if nulls := [name for name in columns if table.column(name).null_count]:
+    if nulls := [name for name in columns[:needed] if table.column(name).null_count]:
         raise InputError(f"{root}/meta/episodes has rows without {nulls}, expected a number in each: {REPAIR}")
     table = table.sort_by("episode_index")
-    rows = {name: table.column(name).to_numpy() for name in columns}
+    rows = {name: table.column(name).fill_null(math.nan if name.endswith(times) else -1).to_numpy() for name in columns}
 
     def files(prefix: str, kind: str, **key) -> Files:
         places = np.stack([rows[f"{prefix}/chunk_index"], rows[f"{prefix}/file_index"]], axis=1)
         unique, of = np.unique(places, axis=0, return_inverse=True)
-        paths = [_path(root, info, kind, chunk_index=chunk, file_index=file, **key) for chunk, file in unique.tolist()]
+        paths = [
+            NOWHERE if min(chunk, file) < 0 else _path(root, info, kind, chunk_index=chunk, file_index=file, **key)
+            for chunk, file in unique.tolist()
+        ]
         return Files(paths, of.ravel().astype(np.int32))
 
     video_files = {key: files(f"videos/{key}", "video_path", video_key=key) for key in videos}
@@ -201,10 +207,9 @@ def _read_v2(root: Path, info: dict) -> Layout:
             videos[key].start = np.zeros(len(rows))
     rows = _read_jsonl(root / "meta/tasks.jsonl", task_index=int, task=str)
     tasks = [(row["task_index"], row["task"]) for row in rows]
-    index_from = np.cumsum(lengths) - lengths
     return Layout(
         *(root, info["codebase_version"], str(info.get("robot_type")), info["fps"], info["features"]),
-        *(_in_order(tasks), episodes, lengths, index_from),
+        *(_in_order(tasks), episodes, lengths, None),
         *(files("data_path"), videos, "meta/tasks.jsonl", "meta/episodes.jsonl"),
         _twins(tasks, "meta/tasks.jsonl"),
     )

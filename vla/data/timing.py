@@ -7,7 +7,7 @@ import numpy as np
 
 from vla import InputError
 from vla.data.faults import Fault
-from vla.data.layout import Files, Layout
+from vla.data.layout import NOWHERE, Files, Layout
 from vla.data.video import Video
 
 
@@ -23,6 +23,9 @@ def check_video(layout: Layout, key: str, file: int, tolerance_s: float) -> list
     """Faults of one video file. tolerance_s: how far the time of a frame may lie from frame_index / fps."""
     files = layout.videos[key]
     path, rows = files.paths[file], files.rows(file)
+    if path == NOWHERE:
+        text = f"no video of {key} is named, expected one for each episode"
+        return [Fault(layout.episodes_file, text, tuple(layout.episodes[rows].tolist()), "unreadable")]
     try:
         video = Video(layout.root / path)
     except InputError as error:
