@@ -127,13 +127,13 @@ def test_later_opening_decodes_nothing(root, decoded):
     decoded.clear()
     np.testing.assert_array_equal(LeRobotDataset(root).images(EVERY), images)
     assert not decoded
-    assert caches(root / ".vla_cache") == ["frames", "frames", "index", "lock"]
+    assert caches(root / ".vla_cache") == ["frames", "frames", "index", "locks"]
 
 
 def test_cache_lies_in_the_folder_asked_for_and_serves_copies_of_the_data(root, tmp_path, decoded):
     cache = tmp_path / "fast/disk"
     images = LeRobotDataset(root, cache_dir=cache).images(EVERY)
-    assert caches(cache) == ["frames", "frames", "index", "lock"]
+    assert caches(cache) == ["frames", "frames", "index", "locks"]
     assert not (root / ".vla_cache").exists()
     copy = shutil.copytree(root, tmp_path / "copy")  # with the times of its files
     decoded.clear()
@@ -146,7 +146,7 @@ def test_data_sets_share_a_folder_and_nothing_else(root, tmp_path):
     for one in (root, other, root):
         data = LeRobotDataset(one, cache_dir=tmp_path / "cache")
         np.testing.assert_array_equal(data.images(EVERY), stored(one))
-    assert caches(tmp_path / "cache") == ["frames"] * 4 + ["index"] * 2 + ["lock"]
+    assert caches(tmp_path / "cache") == ["frames"] * 4 + ["index"] * 2 + ["locks"]
 
 
 def test_cache_is_of_one_camera_and_size(root, decoded):
@@ -249,7 +249,7 @@ def test_processes_that_open_at_once_build_one_cache(root, tmp_path):
     found = [child.ok().found for child in in_children(opens, processes=2)]
     assert sorted(one["decoded"] for one in found) in ([0, 2 * COUNT], [COUNT, COUNT])  # each camera by one of them
     assert all(one["same"] for one in found)
-    assert caches(root / ".vla_cache") == ["frames", "frames", "index", "lock"]
+    assert caches(root / ".vla_cache") == ["frames", "frames", "index", "locks"]
 
 
 def test_cache_that_was_killed_half_way_is_built_again(root, tmp_path):
@@ -262,8 +262,39 @@ def test_cache_that_was_killed_half_way_is_built_again(root, tmp_path):
     assert len(list((root / ".vla_cache").glob("frames-*.partial"))) == 1
     assert not [path for path in (root / ".vla_cache").glob("frames-*") if path.suffix != ".partial"]
     np.testing.assert_array_equal(LeRobotDataset(root).images(EVERY), stored(root))
-    assert caches(root / ".vla_cache") == ["frames", "frames", "index", "lock"]
+    assert caches(root / ".vla_cache") == ["frames", "frames", "index", "locks"]
     assert not list((root / ".vla_cache").glob("*.partial"))
+
+
+def test_what_another_process_builds_is_neither_waited_for_nor_removed_until_that_is_killed(root, tmp_path):
+    cache = tmp_path / "cache"
+    (cache / "frames-other.partial").mkdir(parents=True)
+    (cache / "locks").mkdir()
+    with open(cache / "locks/frames-other", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        np.testing.assert_array_equal(LeRobotDataset(root, cache_dir=cache).images(EVERY), stored(root))
+        assert (cache / "frames-other.partial").exists()
+    LeRobotDataset(root, cache_dir=cache, image_size=(8, 8))
+    assert not (cache / "frames-other.partial").exists()
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_waiting_for_another_process_is_said_once_for_each_run(root, rank, monkeypatch, capfd):
+    flock, taken = fcntl.flock, []
+
+    def taken_at_first(file, flags):
+        taken.append(flags)
+        if len(taken) == 1:
+            raise BlockingIOError
+        flock(file, flags)
+
+    monkeypatch.setattr(fcntl, "flock", taken_at_first)
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    LeRobotDataset(root, cache="none")
+    (index,) = (root / ".vla_cache").glob("index-*")
+    said = f"numbers of {root}: waiting for another process that makes {index}\n"
+    assert capfd.readouterr().err == (said if rank == "0" else "")
+    assert taken[:2] == [fcntl.LOCK_EX | fcntl.LOCK_NB, fcntl.LOCK_EX]
 
 
 @pytest.mark.parametrize("error", [OSError("no space left"), KeyboardInterrupt()], ids=["OSError", "interrupt"])
@@ -275,7 +306,7 @@ def test_error_while_decoding_leaves_nothing(error, root, monkeypatch):
         patched.setattr(frames.Decoder, "read", fails)
         with pytest.raises(type(error)):
             LeRobotDataset(root)
-    assert caches(root / ".vla_cache") == ["index", "lock"]
+    assert caches(root / ".vla_cache") == ["index", "locks"]
     np.testing.assert_array_equal(LeRobotDataset(root).images(EVERY), stored(root))
 
 

@@ -1,5 +1,7 @@
 """Pictures that cannot be decoded, or find no room where they are decoded to."""
 
+import errno
+import fcntl
 import os
 import tempfile
 import time
@@ -33,7 +35,7 @@ def test_too_small_a_disk_is_refused_before_decoding(root, decoded):
     for text in ("need 114000.0 GB", f"{root}/.vla_cache has ", "GB free", "--data.cache_dir", "--data.cache none"):
         assert text in str(refusal.value)
     assert not decoded
-    assert caches(root / ".vla_cache") == ["index", "lock"]
+    assert caches(root / ".vla_cache") == ["index", "locks"]
 
 
 def test_too_small_a_memory_is_refused_before_decoding(root, decoded):
@@ -42,6 +44,31 @@ def test_too_small_a_memory_is_refused_before_decoding(root, decoded):
     for text in ("need 114000.0 GB of memory", "GB are free", "--data.cache disk or none", "--data.image_size"):
         assert text in str(refusal.value)
     assert not decoded
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_disk_that_fills_up_meanwhile_is_told_and_what_was_built_is_removed(root, monkeypatch, number):
+    def full(*_):
+        raise OSError(number, os.strerror(number))
+
+    LeRobotDataset(root, cache="none")
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(InputError) as refusal:
+        LeRobotDataset(root)
+    for text in ("no room for 0.0 MB", f" in {root}/.vla_cache ([Errno {number}]", "--data.cache_dir", "cache none"):
+        assert text in str(refusal.value)
+    assert caches(root / ".vla_cache") == ["index", "locks"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
+def test_disk_without_locks_is_refused(root, monkeypatch, number):
+    def none(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    told = rf"{root}/.vla_cache has no locks \(\[Errno {number}\].*: set --data.cache_dir to a disk that has them"
+    with pytest.raises(InputError, match=told):
+        LeRobotDataset(root)
 
 
 def as_nobody(function):

@@ -1,11 +1,14 @@
 """Folders that are made once, whole or not at all, and shared by all processes of a machine and by later runs."""
 
+import contextlib
+import errno
 import fcntl
 import os
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 from tqdm import tqdm
@@ -13,26 +16,37 @@ from tqdm import tqdm
 from vla import InputError
 
 WORTH_A_WORD = 10_000_000  # bytes
+LOCKS = "locks"  # a folder beside, with a file for each
 
 
 def built(done: Path, build: Callable[[Path], None], bytes_needed: int, what: str) -> Path:
     """The folder `done`, which `build` fills (it is given a folder of another name) unless it is there.
 
     Of several processes that call this at once one builds and the others wait; what a killed one has left is removed.
-    Raises InputError if the disk cannot be written or is too small.
+    Raises InputError if the disk cannot be written, is too small or has no locks.
     """
     if done.exists():
         return done
+    locks = done.parent / LOCKS
     try:
-        done.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(done.parent / "lock", "w")  # noqa: SIM115
+        locks.mkdir(parents=True, exist_ok=True)
+        lock = open(locks / done.name, "w")  # noqa: SIM115
     except OSError as error:
         raise InputError(f"cannot write {what} to {done.parent} ({error}): set --data.cache_dir") from error
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # released by the kernel, however this process ends
-        _remove_unfinished(done.parent)
+        try:
+            if not _locked(lock):
+                if os.environ.get("LOCAL_RANK", "0") == "0":  # once for each run of a machine
+                    tqdm.write(f"{what}: waiting for another process that makes {done}", file=sys.stderr)
+                fcntl.flock(lock, fcntl.LOCK_EX)  # released by the kernel, however this process ends
+        except OSError as error:
+            found = f"{done.parent} has no locks ({error}), which keep processes from making {what} at once"
+            raise InputError(f"{found}: set --data.cache_dir to a disk that has them") from error
         if done.exists():
             return done
+        unfinished = done.with_name(f"{done.name}.partial")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        _remove_unfinished(done.parent)
         if bytes_needed > (free := shutil.disk_usage(done.parent).free):
             raise InputError(
                 f"{what} need {size_of(bytes_needed)}, {done.parent} has {size_of(free)} free: make room, or set "
@@ -40,7 +54,6 @@ def built(done: Path, build: Callable[[Path], None], bytes_needed: int, what: st
             )
         if bytes_needed >= WORTH_A_WORD:
             tqdm.write(f"{what}: {size_of(bytes_needed)} to {done}", file=sys.stderr)
-        unfinished = done.with_name(f"{done.name}.partial")
         try:
             unfinished.mkdir()
             build(unfinished)
@@ -48,8 +61,15 @@ def built(done: Path, build: Callable[[Path], None], bytes_needed: int, what: st
                 _fsync(path)
             unfinished.rename(done)
             _fsync(done.parent)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise InputError(
+                f"{what} found no room for {size_of(bytes_needed)} in {done.parent} ({error}): make room, or set "
+                "--data.cache_dir, a smaller --data.image_size or --data.cache none"
+            ) from error
         finally:
-            _remove_unfinished(done.parent)
+            shutil.rmtree(unfinished, ignore_errors=True)
     return done
 
 
@@ -69,9 +89,21 @@ def size_of(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
+def _locked(file: TextIO) -> bool:
+    """Lock it, unless another process has."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 def _remove_unfinished(folder: Path) -> None:
+    """Remove what is locked by nobody, as its process was killed."""
     for unfinished in folder.glob("*.partial"):
-        shutil.rmtree(unfinished)
+        with contextlib.suppress(OSError), open(folder / LOCKS / unfinished.stem, "w") as lock:
+            if _locked(lock):
+                shutil.rmtree(unfinished)
 
 
 def _fsync(path: Path) -> None:
