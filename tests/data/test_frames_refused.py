@@ -142,11 +142,13 @@ def wait_until_closed(root):
 
 NO_IMAGE = f"row 7: no readable image of {GRIPPER} ("
 OTHER_SIZE = f"row 7: the image of {GRIPPER} is 8 x 6, expected 16 x 24 as in meta/info.json"
+DEPTH = f"row 7: the image of {GRIPPER} has pixels of mode I;16, expected 8 bits for each colour: if it is a depth"
 BROKEN = {
     "no image": ("png", as_row_7(b"no image"), f"{FIRST_FILE}: episode 2: {NO_IMAGE}"),
     "cut short": ("png", as_row_7(png_of(np.zeros((64, 64, 3), np.uint8))[:-40]), NO_IMAGE),
     "null": ("png", as_row_7(None), NO_IMAGE),
     "of another size": ("png", as_row_7(png_of(np.zeros((8, 6, 3), np.uint8))), OTHER_SIZE),
+    "of 16 bits": ("png", as_row_7(png_of(np.zeros((16, 24), np.uint16))), DEPTH),
     "video": ("h264", damage_video, f"videos/{GRIPPER}/chunk-000/file-000.mp4: episode 2: frame 7, shown at 0.700 s"),
 }
 

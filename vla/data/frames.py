@@ -34,7 +34,7 @@ from vla.data.video import OpenVideos
 from vla.images import resize_with_padding
 from vla.workers import Workers
 
-VERSION = 1  # of the files written here
+VERSION = 2  # of the files written here
 OPEN_FILES = 16  # of a camera in each process
 JOB = 256  # frames at least that one process decodes in a row
 PIECE = 64  # encoded pictures that are read at once
@@ -127,10 +127,14 @@ class _Parquet:
             for row in np.unique(rows[group == g]):
                 where = f"{path}: row {row}"
                 try:
-                    picture = Image.open(io.BytesIO(self.encoded[row - first].as_py())).convert("RGB")
+                    picture = Image.open(io.BytesIO(self.encoded[row - first].as_py()))
+                    mode, picture = picture.mode, picture.convert("RGB")
                 except Exception as error:  # Pillow raises half a dozen types for a broken image
                     reason = type(error).__name__  # its text may be an address in memory
                     raise InputError(f"{where}: no readable image of {self.camera} ({reason})") from error
+                if mode.startswith(("I", "F")):  # of 16 or 32 bits, which turn white
+                    found = f"the image of {self.camera} has pixels of mode {mode}, expected 8 bits for each colour"
+                    raise InputError(f"{where}: {found}: if it is a depth map, leave it out with --data.cameras")
                 if (picture.height, picture.width) != self.size:
                     found, expected = f"{picture.height} x {picture.width}", f"{self.size[0]} x {self.size[1]}"
                     raise InputError(
