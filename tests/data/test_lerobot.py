@@ -183,6 +183,7 @@ ODD_SETS = {
     "names in a dictionary": features(
         state={"names": {"motors": list("xyz")}}, action={"names": {"axes": ["dx", "dy"]}}
     ),
+    "names in a list of a list": features(state={"names": [list("xyz")]}, action={"names": {"axes": [["dx", "dy"]]}}),
     "tasks unnamed": tasks_unnamed_and_in_another_order,
     "unknown keys": more_keys_and_columns,
     "row groups of five": row_groups_of_five,

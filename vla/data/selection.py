@@ -94,6 +94,8 @@ def _names(layout: Layout, keys: tuple[str, ...]) -> tuple[str, ...]:
         own, dim = feature.get("names"), shape[0]
         if isinstance(own, dict) and len(own) == 1:  # {"motors": [...]}
             (own,) = own.values()
+        if isinstance(own, list) and len(own) == 1 and isinstance(own[0], list):  # [[...]]
+            (own,) = own
         named = isinstance(own, list) and len(own) == dim
         names += [str(name) for name in own] if named else [f"{key}_{i}" for i in range(dim)]
     return tuple(names)
