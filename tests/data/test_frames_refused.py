@@ -46,6 +46,15 @@ def test_too_small_a_memory_is_refused_before_decoding(root, decoded):
     assert not decoded
 
 
+def test_memory_that_is_too_small_for_all_processes_of_a_machine_is_refused(root, decoded, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(10**9))
+    with pytest.raises(InputError, match=r"need 0.0 MB of memory in each process, 0.0 MB are free: give --data"):
+        LeRobotDataset(root, cache="memory")
+    assert not decoded
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    np.testing.assert_array_equal(LeRobotDataset(root, cache="memory").images(EVERY), stored(root))
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_disk_that_fills_up_meanwhile_is_told_and_what_was_built_is_removed(root, monkeypatch, number):
     def full(*_):

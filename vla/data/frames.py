@@ -206,10 +206,12 @@ def open_frames(
         return [Decoder(layout, index.first_row, camera, size) for camera in cameras], []
     shape, pictures, faults = (index.num_frames, 3, *size), [], []
     if cache == "memory":
-        needed, free = len(cameras) * math.prod(shape), _memory_available()
+        # Others of this machine may have taken theirs already, so their shares are of all that it has.
+        share = _memory("MemTotal") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        needed, free = len(cameras) * math.prod(shape), min(_memory("MemAvailable"), share)
         if needed > free:
-            cure = "give --data.cache disk or none, or a smaller --data.image_size"
-            raise InputError(f"decoded pictures need {size_of(needed)} of memory, {size_of(free)} are free: {cure}")
+            found = f"decoded pictures need {size_of(needed)} of memory in each process, {size_of(free)} are free"
+            raise InputError(f"{found}: give --data.cache disk or none, or a smaller --data.image_size")
         for camera in cameras:
             with open(os.memfd_create(camera)) as file:  # a file in memory, so that processes can share it
                 path = Path(f"/proc/{os.getpid()}/fd/{file.fileno()}")
@@ -242,9 +244,10 @@ def open_frames(
     return pictures, faults
 
 
-def _memory_available() -> int:
+def _memory(kind: str) -> int:
+    """Bytes of this machine."""
     with open("/proc/meminfo") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(kind))
 
 
 def decode_all(
