@@ -262,6 +262,14 @@ def test_shares_and_places_are_told_by_data_set(roots):
     assert stream.describe([position]) == f"position {position} (frame {first} of episode {episode} of second)"
 
 
+def test_different_frame_rates_are_told(tmp_path):
+    mixture = opened([write(tmp_path / "slow", fps=5), write(tmp_path / "fast", number=1, fps=12.5)])
+    told = summary(samples(mixture), samples(mixture)).splitlines()[2:]
+    assert told == [
+        "warning: frames a second differ, slow 5, fast 12.5: so does the time that the actions of a chunk take"
+    ]
+
+
 # ---- What cannot be one.
 
 

@@ -145,6 +145,10 @@ def summary(train: Samples, held_out: Samples) -> str:
             f"data       {data.name}: {share}{len(mine)} frames of {len(mine.ends)} episodes to train on, "
             f"{len(theirs)} frames of {len(theirs.ends)} held out{left_out}"
         )
+    rates = {data.name: data.fps for data in train.mixture.datasets}
+    if len(set(rates.values())) > 1:
+        found = ", ".join(f"{name} {fps:g}" for name, fps in rates.items())
+        lines.append(f"warning: frames a second differ, {found}: so does the time that the actions of a chunk take")
     return "\n".join(lines)
 
 
