@@ -166,7 +166,7 @@ def main(config: TrainConfig) -> None:
         """Load the last checkpoint from before these steps, whose samples are left out from now on."""
         what = f"{window[1]} updates in a row, up to step {sum(window)}, were skipped"
         cure = "look at the samples named above, or start a new run with a lower --optim.lr"
-        if state["rollbacks"] == config.guard.rollbacks:
+        if state["rollbacks"] >= config.guard.rollbacks:
             raise FloatingPointError(
                 f"{what}, and the run has gone back {state['rollbacks']} times before (--guard.rollbacks); "
                 f"the last checkpoint is intact: {cure}"

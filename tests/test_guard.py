@@ -263,6 +263,16 @@ def test_run_that_never_becomes_finite_stops_in_one_line_and_keeps_its_last_chec
     assert result(run)["step"] == 16 if resumed.ok() else None
 
 
+def test_run_that_has_gone_back_more_often_than_it_now_may_stops(flags, tmp_path):
+    run = tmp_path / "run"
+    train(*flags, *GUARD, "--run_dir", run, before=spoil([12 * step for step in (3, 4, 5, 8, 9, 10)]))[0].ok()
+    assert result(run)["rollbacks"] == 2
+    (child,) = train("--resume_from", run, "--steps", 24, "--guard.rollbacks", 1, before=spoil(range(16 * 12, 999)))
+    assert child.code == 1
+    assert "and the run has gone back 2 times before" in child.stderr
+    assert "going back to" not in child.stderr
+
+
 def test_run_that_has_nothing_to_go_back_to_stops_in_one_line(flags, tmp_path):
     own = ["--guard.bad_steps", 3, "--checkpoint.every", 99, "--eval.every", 0, "--run_dir", tmp_path / "run"]
     (child,) = train(*flags, *own, before=spoil(range(24, 999)))
