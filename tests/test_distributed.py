@@ -250,6 +250,20 @@ def test_launched_processes_form_one_group_or_are_refused(flags, tmp_path):
     assert refused or result(tmp_path / "run")["processes"] == 2
 
 
+@pytest.mark.parametrize(("hang_seconds", "hours"), [(600, 4), (0, 24)])
+def test_collectives_wait_for_the_watchdog(hang_seconds, hours, flags, tmp_path):
+    def hook(found):
+        def look(*_):
+            backend = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
+            found["hours"] = backend.options._timeout.total_seconds() / 3600
+
+        after(guard.Guard, "__init__", look)
+
+    own = ("--guard.hang_seconds", hang_seconds, "--steps", 1, "--run_dir", tmp_path / "run")
+    for child in train(*flags, *own, processes=2, before=hook):
+        assert child.ok().found["hours"] > hours
+
+
 def test_gradient_accumulation_of_the_environment_is_refused(flags, tmp_path):
     # accelerate launch exports it from a YAML, and the Accelerator prefers it to its own argument.
     env = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}

@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import AutocastKwargs
+from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs
 from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
 
@@ -23,8 +24,11 @@ def accelerate(config: TrainConfig, accumulation: int, world_size: int) -> Accel
     It does not get the loader, whose order is arithmetic (vla/data/stream.py), nor the schedule (vla/optim.py).
     """
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
-    folder = Path(config.run_dir)
-    accelerator = Accelerator(gradient_accumulation_steps=accumulation, project_dir=folder, kwargs_handlers=[ddp])
+    # Collectives wait longer than the watchdog, which knows whether the others hang or work (vla/guard.py).
+    hang = config.guard.hang_seconds
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=1, seconds=20 * hang) if hang else timedelta(days=7))
+    folder, handlers = Path(config.run_dir), [ddp, patience]
+    accelerator = Accelerator(gradient_accumulation_steps=accumulation, project_dir=folder, kwargs_handlers=handlers)
     if accelerator.gradient_accumulation_steps != accumulation:
         raise InputError(
             f"gradient_accumulation_steps is set to {accelerator.gradient_accumulation_steps} by YAML or environment, "
