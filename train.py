@@ -21,6 +21,7 @@ from vla.config import TrainConfig
 
 def main(config: TrainConfig) -> None:
     # Imports that take seconds come after the flags were read, so that --help and a wrong flag answer at once.
+    import numpy as np
     import torch
     from accelerate.utils import set_seed
 
@@ -92,8 +93,13 @@ def main(config: TrainConfig) -> None:
     state |= {"skipped_updates": 0, "bad_in_a_row": 0, "loss_average": 0.0}
     state |= {"data": digests, "base": policy.config.base}
 
+    def seed_apart(step: int) -> None:  # what is dropped in training, of which only saved generators know more
+        set_seed(int(np.random.SeedSequence([config.seed, rank, step]).generate_state(1)[0]))
+
     def restored(resume_from: str, passed_over: Iterable[Path] = ()) -> tuple[dict, Path]:
         saved, path = restore(learner, resume_from, checkpoints, passed_over)
+        if not (path / f"random_states_{rank}.pkl").exists():
+            seed_apart(saved["step"])
         if saved["metric"] != config.eval.metric:  # what was best by another measure tells nothing
             saved |= unjudged
         return saved, path
@@ -102,6 +108,8 @@ def main(config: TrainConfig) -> None:
         saved, found = restored(config.resume_from)
         state |= saved
         origin = f"resumed from {found}"
+    elif rank:
+        seed_apart(0)
     first_step = step = saved_step = state["step"]
     if steps < first_step:
         raise InputError(f"--steps {steps} is behind the checkpoint, which is of step {first_step}; give at least that")

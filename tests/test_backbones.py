@@ -8,10 +8,12 @@ import sys
 
 import pytest
 import tiny
+import torch
 from safetensors.torch import load_file
 from test_guard import spoil
-from training import SHARDED, assert_equal, die_at, metrics, of, result, run_module, series, train
+from training import SHARDED, after, assert_equal, die_at, metrics, of, result, run_module, series, train
 
+from vla import guard
 from vla.model import VLAPolicy
 
 ADAPTERS = ("--lora.rank", "4", "--lora.modules", "language_model", "vision_encoder")
@@ -60,6 +62,26 @@ def test_killed_and_resumed_run_equals_uninterrupted_run(own, processes, models,
     for child in train("--resume_from", tmp_path / "run", processes=processes):
         child.ok()
     assert_equal(tmp_path / "run", uninterrupted(*own, processes=processes))
+
+
+def test_each_process_drops_others_of_its_inputs_also_when_it_is_new_to_the_run(models, flags, tmp_path):
+    def hook(found):
+        def dropped(input, p, training, inplace, original=torch.nn.functional.dropout):
+            output = original(input, p, training, inplace)
+            if training and p > 0:
+                found["masks"].append((output == 0).flatten()[:64].tolist())
+            return output
+
+        torch.nn.functional.dropout, found["masks"] = dropped, []
+        after(guard.Guard, "__init__", lambda *_: found.update(masks=[]))  # what came before was not learned
+
+    own = (*models("qwen3_vl"), *ADAPTERS, "--lora.dropout", 0.5, "--steps", 1, "--run_dir", tmp_path / "run")
+    begun = train(*flags, *own, processes=2, before=hook)
+    resumed = train("--resume_from", tmp_path / "run", "--steps", 2, processes=3, before=hook)
+    for children in (begun, resumed):
+        masks = [str(mask) for child in children for mask in child.ok().found["masks"]]
+        assert len(set(masks)) == len(masks) > 0
+    assert resumed[2].found["masks"][0] not in begun[0].found["masks"]
 
 
 def test_sharded_run_with_adapters_resumes_exactly(models, uninterrupted, flags, tmp_path):
