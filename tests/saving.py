@@ -1,6 +1,8 @@
 """What a Saver takes, in small, for tests that need no training; and disks to fill."""
 
 import contextlib
+import hashlib
+import json
 import subprocess
 
 import pytest
@@ -75,3 +77,13 @@ def fill(folder):
     with contextlib.suppress(OSError), (folder / "filler").open("wb", buffering=0) as file:
         while file.write(bytes(4096)):
             pass
+
+
+def seal(path):
+    """Write the manifest anew, as one can who may write to the folder."""
+    files = [file for file in path.iterdir() if file.name != "MANIFEST.json"]
+    entries = {
+        file.name: {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+        for file in files
+    }
+    (path / "MANIFEST.json").write_text(json.dumps({"files": entries}))

@@ -1,7 +1,6 @@
 """A checkpoint is whole or it is not there, and one is always left."""
 
 import errno
-import hashlib
 import json
 import logging
 import os
@@ -11,6 +10,8 @@ from pathlib import Path
 import accelerate
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from saving import seal
 from training import after, assert_equal, die_at, flip, last, of, result, steps, train
 
 from vla import InputError, checkpoint
@@ -311,14 +312,15 @@ class Payload:
         return os.system, (f"touch {self.mark}",)
 
 
-def seal(path):
-    """Write the manifest anew, as one can who may write to the folder."""
-    files = [file for file in path.iterdir() if file.name != "MANIFEST.json"]
-    entries = {
-        file.name: {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
-        for file in files
-    }
-    (path / "MANIFEST.json").write_text(json.dumps({"files": entries}))
+@pytest.mark.parametrize(("file", "what"), [("model", "weights"), ("ema", "average")])
+def test_checkpoint_that_lacks_a_tensor_is_refused_by_its_name(file, what, run):
+    path = last(run) / f"{file}.safetensors"
+    tensors = load_file(path)
+    save_file({name: tensors[name] for name in tensors if name != "action_head.decoder.slot"}, path)
+    seal(last(run))
+    (child,) = train("--resume_from", last(run))
+    assert child.code == 1
+    assert f"the {what} are not those of this policy: missing action_head.decoder.slot, left over" in child.stderr
 
 
 PLANTED = {

@@ -51,6 +51,10 @@ def assert_nothing_trained(run):
         ("--epochs 2", ["--steps 10", "--epochs 2"]),
         ("--model.freeze vision language_model", ["--model.freeze", "vision;", "vision_encoder"]),
         ("--model.freeze vision_encoder language_model action_head", ["--model.freeze", "nothing to train"]),
+        (
+            "--model.freeze action_head --model.unfreeze action_head 10",
+            ["--model.unfreeze action_head 10", "--steps 10"],
+        ),
         ("--optim.module_lrs head 1e-4", ["--optim.module_lrs", "head;", "action_head"]),
         ("--optim.module_lrs action_head 1e-4 --model.freeze action_head", ["--optim.module_lrs", "--model.freeze"]),
         ("--optim.module_lrs action_head -1e-4", ["--optim.module_lrs", "-0.0001"]),

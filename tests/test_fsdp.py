@@ -167,9 +167,10 @@ def test_only_the_last_micro_batch_of_a_step_sends_gradients(flags, tmp_path):
         assert child.ok().found["reduced"] == 3 * [(False, {False}), (False, {False}), (True, {True})]
 
 
-def test_update_that_is_not_finite_is_skipped_and_gone_back_from_by_all(flags, tmp_path):
-    # Step 4 and, one after the other, steps 9 and 10; of each a single sample, in process 1.
-    hook, own = spoil([3 * 12 + 11, 8 * 12 + 11, 9 * 12 + 11], "gradient"), ["--guard.bad_steps", 2]
+@pytest.mark.parametrize("frozen", [(), (*FROZEN, *UNFROZEN)], ids=["all", "a part only after the checkpoint"])
+def test_update_that_is_not_finite_is_skipped_and_gone_back_from_by_all(frozen, flags, tmp_path):
+    # Step 4 and, one after the other, steps 10 and 11; of each a single sample, in process 1.
+    hook, own = spoil([3 * 12 + 11, 9 * 12 + 11, 10 * 12 + 11], "gradient"), ["--guard.bad_steps", 2, *frozen]
     for name, env in (("plain", None), ("sharded", SHARDED)):
         children = train(*flags, *own, "--run_dir", tmp_path / name, before=hook, processes=2, env=env)
         assert f"going back to {tmp_path / name}/checkpoints/step_00000007" in children[0].ok().stderr

@@ -22,6 +22,7 @@ from training import (
     die,
     last,
     metrics,
+    of,
     result,
     send,
     series,
@@ -171,6 +172,12 @@ def test_run_goes_back_and_leaves_the_steps_of_a_bad_streak_out(bad, windows, fl
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()
     assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 17))
     assert [event.step for event in events.Scalars("eval/loss")] == [3, 6, 9, 12, 15, 16]
+
+
+def test_checkpoint_right_before_a_streak_is_the_one_to_go_back_to(flags, tmp_path):
+    hook = spoil([12 * step for step in (8, 9, 10)])
+    (child,) = train(*flags, *GUARD, "--run_dir", tmp_path / "run", before=hook)
+    assert f"going back to {of(tmp_path / 'run', 8)}, " in child.ok().stderr
 
 
 def test_streak_that_is_full_where_the_run_would_save_is_not_saved(flags, tmp_path):
@@ -324,6 +331,25 @@ def test_spike_is_told_and_not_learned_and_the_average_goes_on_when_resumed(micr
     assert (step, result(run)["skipped_updates"]) == ("9", 1)
     assert why.startswith("the loss is beyond 4 times its running average (--guard.spike_factor); it is highest for ")
     assert "position 100 (" in why
+
+
+def test_running_average_is_that_of_what_was_learned(flags, tmp_path):
+    own = ["--guard.spike_factor", 3, "--run_dir", tmp_path / "run"]
+    (child,) = train(*flags, *own, before=spoil([8 * 12], "loss"))
+    assert result(tmp_path / "run")["skipped_updates"] == 1 if child.ok() else None
+    first, *rest = [loss for step, loss in series(tmp_path / "run", "train/loss").items() if step != 9]
+    for loss in rest:
+        first += 0.02 * (loss - first)
+    assert result(tmp_path / "run")["loss_average"] == pytest.approx(first, rel=1e-5)
+
+
+def test_spike_is_one_of_the_whole_step_and_not_of_a_micro_batch(flags, tmp_path):
+    # A micro-batch has 100 times its loss, all four of the step together 26 times theirs.
+    own = ["--guard.spike_factor", 50, "--micro_batch_size", 3, "--run_dir", tmp_path / "run"]
+    (child,) = train(*flags, *own, before=spoil([8 * 12], "loss"))
+    assert result(tmp_path / "run")["skipped_updates"] == 0 if child.ok() else None
+    losses = series(tmp_path / "run", "train/loss")
+    assert losses[9] > 10 * losses[8]
 
 
 def test_spike_is_learned_like_the_rest_by_default(flags, tmp_path):

@@ -80,6 +80,21 @@ def test_modules_have_their_own_rates():
         assert (group["lr"], group["peak_lr"]) == (expected, expected)
 
 
+def test_rate_of_a_layer_is_not_that_of_one_whose_number_begins_alike():
+    policy = tiny(language_layers=11)
+    groups = parameter_groups(policy, OptimConfig(lr=1e-3, module_lrs=(("language_model.blocks.1", 1e-4),)))
+    found = {p: group["lr"] for group in groups for p in group["params"]}
+    for layer, block in enumerate(policy.language_model.blocks):
+        assert {found[p] for p in block.parameters()} == {1e-4 if layer == 1 else 1e-3}
+
+
+@pytest.mark.parametrize("kind", [{}, {"muon_lr": 0.02}, {"eight_bit": True}], ids=str)
+def test_every_kind_of_optimizer_has_the_betas_that_were_asked_for(kind):
+    config = OptimConfig(betas=(0.5, 0.7), **kind)
+    optimizer = make_optimizer(parameter_groups(tiny(), config), config)
+    assert {tuple(group["betas"]) for group in optimizer.param_groups} == {(0.5, 0.7)}
+
+
 @pytest.mark.parametrize("frozen", [("vision_encoder",), ("language_model",), ("vision_encoder", "action_head")])
 def test_frozen_modules_are_in_no_group(frozen):
     policy = tiny(freeze=frozen)

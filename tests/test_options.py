@@ -80,6 +80,13 @@ def test_same_command_with_auto_goes_on_whatever_flags_it_has(tmp_path):
     assert options.parse(arguments) == fresh
 
 
+def test_auto_goes_on_with_a_run_whose_only_checkpoint_was_being_replaced(tmp_path):
+    settings = options.parse(["--run_dir", str(tmp_path / "run"), "--data.path", "data"])
+    (tmp_path / "run/checkpoints/.replaced_step_00000001").mkdir(parents=True)
+    settings = dataclasses.replace(settings, resume_from="auto")
+    assert options.resume_folder(settings) == tmp_path / "run"
+
+
 @pytest.mark.parametrize("path", ["run", "run/best", "run/checkpoints", "run/checkpoints/step_00000005", "run/"])
 def test_every_way_to_name_a_run_finds_it(path, tmp_path):
     save_run(tmp_path / "run")

@@ -24,6 +24,7 @@ from training import (
     steps,
     train,
     wait_for_step,
+    weights,
 )
 
 from vla.model import VLAPolicy
@@ -73,6 +74,16 @@ def test_run_resumed_with_other_workers_equals_uninterrupted_run(uninterrupted, 
     assert_equal(tmp_path / "run", uninterrupted("--micro_batch_size", 12))
 
 
+def test_run_resumed_with_other_micro_batches_is_the_same_training(uninterrupted, flags, tmp_path):
+    run = tmp_path / "run"
+    train(*flags, "--micro_batch_size", 4, "--run_dir", run, before=die_at(7))  # it has saved after 5 * 3 of them
+    train("--resume_from", run, "--micro_batch_size", 6)[0].ok()
+    for name in ("train/loss", "train/grad_norm"):
+        assert series(run, name) == pytest.approx(series(uninterrupted(), name), abs=1e-5)
+    for name, value in weights(uninterrupted()).items():
+        torch.testing.assert_close(weights(run)[name], value, rtol=0, atol=1e-5)
+
+
 def test_run_killed_from_outside_and_resumed_equals_uninterrupted_run(uninterrupted, flags, tmp_path):
     run, own = tmp_path / "run", ("--steps", "80", "--checkpoint.every", "20", "--eval.every", "0")
     process = start([sys.executable, "train.py", *flags, *own, "--run_dir", str(run)])
@@ -107,6 +118,13 @@ def test_two_processes_killed_and_resumed_equal_uninterrupted_processes(uninterr
     assert resumed.wait(60) == 0
     assert result(run)["processes"] == 2
     assert_equal(run, uninterrupted(*own, processes=2))
+
+
+def test_three_processes_that_are_resumed_add_gradients_in_the_same_order(uninterrupted, flags, tmp_path):
+    train(*flags, "--run_dir", tmp_path / "run", processes=3, before=die_at(7))
+    for child in train("--resume_from", tmp_path / "run", processes=3):
+        child.ok()
+    assert_equal(tmp_path / "run", uninterrupted(processes=3))
 
 
 def test_run_killed_twice_before_it_logs_again_misses_no_step_in_its_metrics(uninterrupted, flags, tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from accelerate import Accelerator
-from saving import Policy, broken, new_saver, state_of
+from saving import Policy, broken, new_saver, seal, state_of
 from torch import nn
 from training import SHARDED, in_children, rank
 
@@ -12,7 +12,7 @@ from vla import InputError, checkpoint, fsdp, restore
 from vla.config import TrainConfig
 from vla.optim import EMA
 from vla.saver import Saver
-from vla.shards import Rows, whole
+from vla.shards import Rows, shard, whole
 
 
 class Uneven(nn.Module):
@@ -186,3 +186,12 @@ def test_process_that_says_nothing_fails_the_save_in_bounded_time(tmp_path):
     assert "(OSError: process 1: no word of it)" in first.ok().found["problems"][0]
     second.ok()
     assert not list(tmp_path.iterdir())
+
+
+def test_checkpoint_in_rows_needs_the_moments_of_every_process(tmp_path):
+    for name in checkpoint.NEEDED | {shard("model", part, 2) for part in range(2)}:
+        (tmp_path / name).touch()
+    seal(tmp_path)
+    missing = [shard("optimizer", part, 2) for part in range(2)]
+    with pytest.raises(InputError, match=f"MANIFEST.json does not list {', '.join(missing)}$"):
+        checkpoint.verify(tmp_path)

@@ -1,6 +1,5 @@
 """What one run of train.py does, learns, skips and writes down."""
 
-import gzip
 import io
 import json
 import math
@@ -12,7 +11,6 @@ from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch.utils._python_dispatch import TorchDispatchMode
 from training import (
     after,
     assert_equal,
@@ -20,17 +18,20 @@ from training import (
     in_children,
     last,
     metrics,
+    of,
     result,
     series,
     train,
     weights,
 )
 
-from vla import evaluate, learner, log
+from vla import evaluate, learner
+from vla.config import OptimConfig
 from vla.data.lerobot import LeRobotDataset
 from vla.data.mixture import Mixture
 from vla.data.stream import Samples, split
 from vla.model import VLAPolicy
+from vla.optim import parameter_groups
 from vla.options import load
 
 TERMS = {
@@ -92,6 +93,35 @@ def test_loss_falls_and_each_of_its_terms_is_logged(head, flags, tmp_path):
         assert line["train/loss"] == pytest.approx(total, rel=1e-5)
 
 
+@pytest.mark.parametrize(("micro", "decay", "clip"), [(12, 0.9, 1.6), (4, 0.3, 0)])
+def test_run_is_the_training_that_is_written_here(micro, decay, clip, data, flags, tmp_path):
+    own = ["--micro_batch_size", micro, "--optim.clip", clip, "--optim.betas", 0.6, 0.8, "--optim.weight_decay", 0.5]
+    own += ["--optim.ema", decay, "--optim.schedule", "constant", "--run_dir", tmp_path / "run"]
+    (child,) = train(*flags, *own, before=keep_first_weights)
+    first = {name: torch.tensor(value) for name, value in child.ok().found["weights"].items()}
+    policy, dataset = VLAPolicy.from_pretrained(tmp_path / "run/export"), LeRobotDataset(data)
+    policy.load_state_dict(first)
+    mine, _ = split(dataset.episodes, 0.05, 0)
+    samples = Samples(Mixture([dataset]), [mine], policy.tokenize, 4, 0, shuffle=True)
+    groups = parameter_groups(policy, OptimConfig(weight_decay=0.5))
+    optimizer, norms = torch.optim.AdamW(groups, betas=(0.6, 0.8)), {}
+    average = {name: value.clone() for name, value in policy.state_dict().items()}
+    for step in range(16):
+        policy(samples.batch(range(12 * step, 12 * step + 12)))["loss"].backward()
+        norms[step + 1] = torch.nn.utils.clip_grad_norm_(policy.parameters(), clip or math.inf).item()
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * min(1, (step + 1) / 4)
+        optimizer.step()
+        optimizer.zero_grad()
+        for name, value in policy.state_dict().items():
+            average[name].lerp_(value, 1 - min(decay, (1 + step) / (10 + step)))
+    assert min(norms.values()) < 1.6 < max(norms.values())  # of which some are cut, and not all
+    assert series(tmp_path / "run", "train/grad_norm") == pytest.approx(norms, rel=1e-3)
+    for file, expected in (("model", policy.state_dict()), ("ema", average)):
+        for name, value in weights(tmp_path / "run", f"{file}.safetensors").items():
+            torch.testing.assert_close(value, expected[name], rtol=0, atol=3e-5)
+
+
 def test_modules_learn_at_their_own_rates(flags, tmp_path):
     own = ["--optim.module_lrs", "vision_encoder", "1e-4", "action_head", "5e-3", "--optim.schedule", "constant"]
     (child,) = train(*flags, *own, "--run_dir", tmp_path / "run")
@@ -124,6 +154,7 @@ def test_init_from_starts_from_those_weights_with_the_new_statistics(finished, f
     given, ended = load_file(run / "export/model.safetensors"), weights(tmp_path / "run")
     learned = [name for name in given if not name.startswith(("state_norm.", "action_norm."))]
     assert f"{len(learned)} tensors matched, 0 missing, 0 left over" in child.ok().stderr
+    assert "72 frames of 6 episodes to train on, 72 frames of 6 held out" in child.stderr
     assert all(torch.equal(ended[name], given[name]) for name in learned)
     assert not torch.equal(ended["state_norm.offset"], given["state_norm.offset"])
 
@@ -218,6 +249,20 @@ def test_evaluation_that_is_not_finite_is_never_the_best(flags, tmp_path):
     child.ok()
     assert math.isfinite(result(tmp_path / "run")["best"])
     assert result(tmp_path / "run")["best_step"] > 7
+
+
+def test_best_has_the_highest_success_and_patience_counts_from_it(flags, tmp_path):
+    def succeed(found):
+        rates = iter((0.2, 0.5, 0.55, 0.8, 0.1, 0.85))  # 0.55 and 0.85 are no improvement by 0.1
+        after(evaluate, "closed_loop", lambda result, *_: result[0].update({"eval/success": next(rates)}))
+
+    own = ["--eval.env", "tabletop", "--eval.episodes", 1, "--eval.metric", "success", "--eval.every", 2]
+    own += ["--eval.patience", 2, "--eval.min_delta", 0.1, "--run_dir", tmp_path / "run"]
+    (child,) = train(*flags, *own, before=succeed)
+    assert "stopped at step 12: eval/success got no better in 2 evaluations" in child.ok().stderr
+    told = result(tmp_path / "run")
+    assert (told["best"], told["best_step"], told["evaluations_since_best"]) == (0.8, 8, 2)
+    assert json.loads((of(tmp_path / "run", 8) / "trainer_state.json").read_text())["score"] == -0.8
 
 
 # ---- How long.
@@ -317,57 +362,3 @@ def test_run_without_average_exports_the_weights_themselves(flags, tmp_path):
     exported = load_file(tmp_path / "run/export/model.safetensors")
     assert all(torch.equal(value, exported[name]) for name, value in weights(tmp_path / "run").items())
     assert not (last(tmp_path / "run") / "ema.safetensors").exists()
-
-
-# ---- Speed.
-
-
-def test_traced_run_writes_its_steps_and_is_the_same_training(flags, uninterrupted, tmp_path):
-    own = ["--log.profile", 3, "--checkpoint.every", 99, "--eval.every", 0]
-    (child,) = train(*flags, *own, "--run_dir", tmp_path / "run")
-    child.ok()
-    (trace,) = (tmp_path / "run/profile").glob("*.pt.trace.json.gz")
-    names = [event.get("name") for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]]
-    assert [name for name in names if name and name.startswith("ProfilerStep#")] == [
-        f"ProfilerStep#{n}" for n in (10, 11, 12)
-    ]
-    assert "aten::convolution" in names
-    assert series(tmp_path / "run", "train/loss") == series(uninterrupted(), "train/loss")
-
-
-def test_trace_of_more_steps_than_there_are_is_refused_but_keeps_no_run_from_going_on(flags, tmp_path):
-    children = train(*flags, "--log.profile", 7, "--run_dir", tmp_path / "run", processes=2)
-    for child in children:
-        assert child.code == 1
-    told = "error: --log.profile 7 needs 17 steps, as the first 10 are left out; --steps is 16: give more of these"
-    assert told in children[0].stderr
-    train(*flags, "--steps", 12, "--eval.every", 0, "--log.profile", 2, "--run_dir", tmp_path / "other")[0].ok()
-    (child,) = train("--resume_from", tmp_path / "other", "--steps", 16)
-    assert "--log.profile 2 needs 12 steps, as the first 10 are left out, and 4 are left" in child.ok().stderr
-    assert len(list((tmp_path / "other/profile").iterdir())) == 1
-
-
-def test_steps_that_log_nothing_never_wait_for_the_device(flags, tmp_path):
-    # On a GPU each of these operations stops the queue of kernels until all before it are done.
-    waiting = {"aten._local_scalar_dense", "aten.nonzero", "aten.equal", "aten.masked_select", "aten.is_nonzero"}
-
-    def count(found):
-        found["waits"], now = {}, [1]
-
-        class Counter(TorchDispatchMode):
-            def __torch_dispatch__(self, function, types, arguments=(), named=None):
-                if str(function.overloadpacket) in waiting:
-                    found["waits"].setdefault(now[0], []).append(str(function))
-                return function(*arguments, **(named or {}))
-
-        counter = Counter()
-        after(log.RunLog, "__init__", lambda *_: counter.__enter__())
-        after(log.RunLog, "close", lambda *_: counter.__exit__(None, None, None))
-        # A step's count begins after its optimizer step, so that its own log line, evaluation and save belong to it.
-        after(log.RunLog, "step", lambda *_: now.__setitem__(0, now[0] + 1))
-
-    own = ["--data.workers", 1, "--log.every", 6, "--eval.every", 0, "--checkpoint.every", 100, "--steps", 20]
-    (child,) = train(*flags, *own, "--run_dir", tmp_path / "run", before=count)
-    waits = child.ok().found["waits"]
-    assert set(waits) - {1} <= {step + 1 for step in (6, 12, 18, 20)}, waits
-    assert {7, 13, 19, 21} <= set(waits)

@@ -165,6 +165,11 @@ def test_faults_of_a_camera_that_is_not_asked_for_are_no_hindrance(bases, tmp_pa
     data = LeRobotDataset(root, cameras=("table",))
     np.testing.assert_array_equal(numbers(data.images(np.arange(F)))[:, 0], np.arange(F))
     command.main(command.Options("check", str(root), cameras=("table",)))
+    root = copy(bases["png"], tmp_path / "other")
+    edit_columns(root / DATA, {"observation.images.wrist": None})
+    LeRobotDataset(root, cameras=("table",))
+    with pytest.raises(InputError, match=r"lacks the columns \['observation.images.wrist'\]"):
+        LeRobotDataset(root)
 
 
 def test_tolerance_decides_which_times_are_faults(bases, tmp_path):
@@ -184,6 +189,14 @@ def test_tolerance_of_half_a_frame_is_refused(bases, tolerance):
     with pytest.raises(InputError, match=told):
         LeRobotDataset(bases["h264"], tolerance_s=tolerance)
     assert not LeRobotDataset(bases["h264"], tolerance_s=0.0499).faults
+
+
+def test_check_takes_a_tolerance_and_writes_where_it_is_told(bases, tmp_path):
+    root = copy(bases["h264"], tmp_path / "set")
+    edit_value(root / DATA, "timestamp", 6, 0.202)
+    command.main(command.Options("check", str(root), tolerance_s=0.003, cache_dir=str(tmp_path / "cache")))
+    assert list((tmp_path / "cache").glob("index-*"))
+    assert not (root / ".vla_cache").exists()
 
 
 @pytest.mark.parametrize("cache", ["disk", "memory", "none"])

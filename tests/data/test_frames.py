@@ -6,6 +6,7 @@ import pickle
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -19,6 +20,7 @@ from training import in_children
 
 from vla import InputError
 from vla.data import frames
+from vla.data.cache import built
 from vla.data.lerobot import LeRobotDataset
 from vla.images import resize_with_padding
 
@@ -41,6 +43,15 @@ def sets(tmp_path_factory):
 
 def replace_image(root, row, png):
     edit(root, GRIPPER, row, {"bytes": png, "path": None})
+
+
+def test_all_of_a_cache_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    events, fsync, rename = [], os.fsync, Path.rename
+    monkeypatch.setattr(os, "fsync", lambda at: (events.append(os.readlink(f"/proc/self/fd/{at}")), fsync(at)))
+    monkeypatch.setattr(Path, "rename", lambda path, to: (events.append("rename"), rename(path, to)))
+    built(tmp_path / "done", lambda folder: (folder / "file").touch(), 0, "a file")
+    unfinished = f"{tmp_path}/done.partial"
+    assert events == [f"{unfinished}/file", unfinished, "rename", str(tmp_path)]
 
 
 # ---- The same pixels, wherever they lie.

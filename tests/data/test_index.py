@@ -2,6 +2,7 @@
 
 import pickle
 
+import numbered
 import numpy as np
 import pytest
 from lerobot_sets import (
@@ -66,6 +67,17 @@ def test_index_and_pictures_lie_in_the_folder_asked_for(root, tmp_path):
     np.testing.assert_array_equal(data.actions, np.concatenate([e["actions"] for e in made_up()]))
     assert not (root / ".vla_cache").exists()
     assert len(list((tmp_path / "fast/disk").glob("*/frames.npy"))) == 2
+
+
+def test_index_is_of_the_features_that_are_asked_for(root):
+    usual = LeRobotDataset(root)
+    np.testing.assert_array_equal(LeRobotDataset(root, state=("action",)).state, usual.actions)
+    np.testing.assert_array_equal(LeRobotDataset(root, action=("observation.state",)).actions, usual.state)
+
+
+def test_times_in_long_episodes_are_as_exact_as_float32(tmp_path):
+    root = numbered.write(tmp_path / "set", lengths=(13_000,), cameras=("table",), fps=3)  # over an hour
+    assert LeRobotDataset(root, cache="none").num_frames == 13_000
 
 
 def swapped_images(root):

@@ -121,6 +121,16 @@ def test_any_part_of_its_images_keeps_a_batch_from_being_overwritten(part, strea
     assert len({array.tobytes() for array in expected}) > 10  # so that another batch would be noticed
 
 
+def test_all_else_of_a_batch_outlives_its_images(stream):
+    kept = []
+    for batch in batches(stream, 40, 1):
+        del batch["images"]  # as training does, where it changes them
+        kept.append(batch)
+    for number, batch in enumerate(kept):
+        expected = stream.batch(range(number * BATCH, (number + 1) * BATCH))
+        assert equal(batch, {name: value for name, value in expected.items() if name != "images"})
+
+
 def test_memory_is_used_again_once_a_batch_is_dropped(stream):
     places = [batch["images"].data_ptr() for batch in batches(stream, 100, 2)]
     assert len(places) == 100

@@ -314,6 +314,18 @@ def test_data_sets_that_differ_in_actions_alone_are_refused_unless_padded(tmp_pa
     assert samples(opened(paths)).batch(range(3))["actions"].shape == (3, 4, 3)
 
 
+def test_flags_of_the_data_reach_every_data_set(roots, monkeypatch):
+    given = {"cache": "none", "cache_dir": "elsewhere", "tolerance_s": 0.5, "skip_bad": True}
+    given["accept"] = ("constant_action",)
+    monkeypatch.setattr("vla.data.mixture.LeRobotDataset", lambda part, **options: stand_in(options=options))
+    assert [data.options for data in opened(roots[:2], **given).datasets] == [given, given]
+
+
+def test_features_that_are_named_are_those_of_every_data_set(roots):
+    for data in opened(roots[:2], state=("action",), action=("observation.state",)).datasets:
+        assert (data.state_names[0], data.action_names[0]) == ("a0", "x0")
+
+
 def test_data_sets_of_one_name_are_refused(roots, tmp_path):
     shutil.copytree(roots[1], tmp_path / "first")
     for other in (tmp_path / "first", roots[0]):

@@ -45,6 +45,13 @@ def test_resumed_run_on_two_data_sets_equals_the_uninterrupted_one(workers, both
     assert_equal(run, uninterrupted(*both))
 
 
+def test_of_two_data_sets_of_one_robot_one_is_chosen_to_act_in_training(data, flags, tmp_path):
+    own = ["--data.path", data, shutil.copytree(data, tmp_path / "again"), "--data.weights", "0.5", "0.5"]
+    own += ["--eval.env", "tabletop", "--eval.episodes", "1", "--eval.dataset", "again", "--steps", "1"]
+    train(*flags, *own, "--run_dir", tmp_path / "run")[0].ok()
+    assert series(tmp_path / "run", "eval/success").keys() == {1}
+
+
 def test_policy_of_two_data_sets_acts_as_either_robot(both, arm, uninterrupted):
     run = uninterrupted(*both)
     losses = [series(run, f"eval/loss/{name}") for name in ("tabletop", "arm")]

@@ -49,6 +49,12 @@ def test_adapters_are_put_on_all_linear_maps_of_the_layers(kind, originals):
     assert all(p.requires_grad for name, p in only.vision_encoder.named_parameters() if "mask_token" not in name)
 
 
+def test_adapters_are_scaled_by_alpha_over_rank(originals):
+    policy = adapted(originals("smolvlm"), learned=False, alpha=3.0)
+    scales = [layer.scaling["default"] for layer in policy.modules() if isinstance(layer, LoraLayer)]
+    assert set(scales) == {3.0 / 2}
+
+
 @pytest.mark.parametrize(
     ("options", "count"),
     [
