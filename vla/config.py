@@ -52,8 +52,8 @@ class DataConfig:
     # Leave out episodes with faults; python -m vla.data check lists them.
     skip_bad: bool = False
     # Faults to live with: action dimensions that never change, instructions that several tasks share, frames of no
-    # episode between those of two in a video.
-    accept: tuple[Literal["constant_action", "shared_instruction", "video_gap"], ...] = ()
+    # episode between those of two in a video, episodes of a split other than train.
+    accept: tuple[Literal["constant_action", "shared_instruction", "video_gap", "other_split"], ...] = ()
     # Share of whole episodes held out for validation.
     val_fraction: float = 0.05
     # Loader processes for each training process.

@@ -159,6 +159,15 @@ EPISODE_FAULTS = {
         ],
         set(),
     ),
+    "episodes of another split": (
+        "v2.1",
+        info(splits={"train": "0:2", "val": "2:3", "test": "3:4", "none": "9:9", "words": "all"}),
+        [
+            "meta/info.json: episode 2: of split 'val' (2:3), expected 'train', as training takes no notice of splits",
+            "meta/info.json: episode 3: of split 'test' (3:4), expected 'train', as training takes no notice of splits",
+        ],
+        {2, 3},
+    ),
     # Tasks.
     "task_index unknown": (
         "png",

@@ -112,6 +112,10 @@ def same_action(root):
     edit_columns(root / DATA, {"action": [[0.5 * i, 3.0] for i in range(F)]})
 
 
+def held_out(root):
+    edit_info(root, lambda info: info.update(splits={"train": "0:3", "val": "3:4"}))
+
+
 def same_instruction(root):
     edit_value(root / TASKS, "task", 1, "TASK 0")
 
@@ -121,6 +125,7 @@ def same_instruction(root):
     [
         (same_action, "constant_action", "shared_instruction"),
         (same_instruction, "shared_instruction", "constant_action"),
+        (held_out, "other_split", "video_gap"),
     ],
 )
 def test_faults_to_live_with_can_be_accepted_by_name(bases, tmp_path, plant, kind, other):

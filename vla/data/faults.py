@@ -8,7 +8,7 @@ from vla import InputError
 
 SHOWN = 10  # faults that an error names
 # Faults that may leave the data usable, so that they can be accepted with --data.accept.
-ACCEPTABLE = ("constant_action", "shared_instruction", "video_gap")
+ACCEPTABLE = ("constant_action", "shared_instruction", "video_gap", "other_split")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Dimensions: E episodes.
 
 import json
 import math
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -242,6 +243,13 @@ def _check_episodes(layout: Layout, info: dict) -> None:
         found = f"length is {lengths[row]}, expected at least 1 frame"
         faults.append(Fault(layout.episodes_file, found, (int(episodes[row]),)))
     layout.lengths = np.maximum(lengths, 0)
+    splits = info.get("splits")
+    for name, span in splits.items() if isinstance(splits, dict) else ():
+        bounds = re.fullmatch(r"(\d+):(\d+)", str(span)) or ("", 0, 0)
+        held = tuple(number for number in episodes.tolist() if int(bounds[1]) <= number < int(bounds[2]))
+        if name != "train" and held:
+            found = f"of split {name!r} ({span}), expected 'train', as training takes no notice of splits"
+            faults.append(Fault("meta/info.json", found, held, "other_split"))
     for name, total in (("total_frames", int(lengths.sum())), ("total_episodes", len(episodes))):
         if info.get(name, total) != total:
             faults.append(Fault("meta/info.json", f"{name} is {info[name]}, expected {total} as in its episodes", ()))
