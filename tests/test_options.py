@@ -108,7 +108,7 @@ def test_flags_parse_with_hyphens_and_underscores(tmp_path):
 
 
 def save_run(run, *arguments):
-    run.mkdir()
+    run.mkdir(parents=True, exist_ok=True)
     settings = options.parse([*NEW_RUN, *arguments])
     options.save(settings, run / "config.json")
     return settings
@@ -137,6 +137,19 @@ def all_different(cls, default):
             kind = typing.get_args(kinds[name])[0]
             values[name] = typing.get_args(kind) or (kind(7), kind(9))
     return cls(**values)
+
+
+@pytest.mark.parametrize("inside", ["data", "data/runs/1", "link/run"])
+def test_new_run_in_the_folder_of_its_data_is_refused(inside, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data/meta").mkdir(parents=True)
+    (tmp_path / "data/meta/info.json").touch()
+    (tmp_path / "link").symlink_to("data")
+    with pytest.raises(InputError, match=f"--run_dir {inside} lies in the data set data; give a folder elsewhere"):
+        options.parse([*NEW_RUN, "--run_dir", inside])
+    options.parse([*NEW_RUN, "--run_dir", "database"])
+    save_run(tmp_path / inside)
+    options.parse(["--resume_from", inside])  # which began there
 
 
 def test_configuration_comes_back_from_json_as_it_was(tmp_path):

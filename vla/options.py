@@ -208,6 +208,10 @@ def validate(config: TrainConfig) -> None:
     for name, path in (("run_dir", config.run_dir), ("data.path", config.data.path)):
         if not path:
             raise InputError(f"--{name} is missing; give a folder")
+    for path in config.data.path if resume_folder(config) is None else ():
+        inside = Path(config.run_dir).resolve().is_relative_to(Path(path).resolve())
+        if inside and Path(path, "meta/info.json").exists():
+            raise InputError(f"--run_dir {config.run_dir} lies in the data set {path}; give a folder elsewhere")
     if len(config.data.image_size) not in (0, 2) or any(size < 1 for size in config.data.image_size):
         found = " ".join(map(str, config.data.image_size))
         raise InputError(f"--data.image_size is {found}; expected height and width in pixels, such as 224 224")
