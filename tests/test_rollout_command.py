@@ -140,7 +140,7 @@ def test_what_is_no_policy_is_refused(tmp_path, monkeypatch, policy):
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("mine")
     Path("empty").mkdir()
-    with pytest.raises(InputError, match=f"--policy {policy} is no folder with a config.json"):
+    with pytest.raises(InputError, match=f"{policy} is no folder with a config.json"):
         rollout.main(RolloutConfig(policy, "tabletop"))
 
 

@@ -18,6 +18,7 @@ from robots import (
     learned,
     mixed_batch,
     observation,
+    random_batch,
     rows,
     saved,
     tiny,
@@ -232,6 +233,42 @@ def test_observation_that_lacks_an_entry_is_refused(name):
     del seen[name]
     with pytest.raises(InputError, match=f"the observation lacks {name}; expected images, state and instruction"):
         tiny().select_action(seen)
+
+
+# Of other shapes, which would be repeated to fit, and images of other numbers.
+WRONG_BATCHES = {
+    "images that are scaled": (lambda b: {"images": b["images"] / 255}, r"images torch.float32 \[8, 2, 3, 16, 24\], "),
+    "one image of two": (
+        lambda b: {"images": b["images"][:, :1]},
+        r"\[8, 1, 3, 16, 24\], expected .*\[8, 2, 3, 16, 24\]",
+    ),
+    "images of another size": (
+        lambda b: {"images": b["images"][..., :16]},
+        r"images torch.uint8 \[8, 2, 3, 16, 16\], ",
+    ),
+    "a mask of one camera": (lambda b: {"image_mask": b["image_mask"][:, :1]}, r"image_mask torch.bool \[8, 1\], "),
+    "one number of the state": (lambda b: {"state": b["state"][:, :1]}, r"state torch.float32 \[8, 1\], expected"),
+    "one key": (lambda b: {"key": b["key"][:1]}, r"key torch.int64 \[1\], expected torch.int64 \[8\]"),
+    "one action": (lambda b: {"actions": b["actions"][:, :1]}, r"actions torch.float32 \[8, 1, 3\], expected"),
+    "one step's padding": (
+        lambda b: {"action_is_pad": b["action_is_pad"][:, :1]},
+        r"action_is_pad torch.bool \[8, 1\], ",
+    ),
+    "no tokens": (lambda b: {"tokens": None}, r"the batch lacks tokens, torch.int64 \[8, 32\]"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_BATCHES)
+def test_batch_of_other_shapes_or_numbers_is_refused(wrong):
+    change, told = WRONG_BATCHES[wrong]
+    policy = tiny()
+    batch = random_batch(policy)
+    batch = {name: value for name, value in (batch | change(batch)).items() if value is not None}
+    with pytest.raises(InputError, match=told):
+        policy(batch)
+    if "action" not in told:
+        with pytest.raises(InputError, match=told):
+            policy.predict_chunk(batch)
 
 
 # ---- Save and load

@@ -1,6 +1,7 @@
 """What a robot observes, as a batch of the policy.
 
-Dimension key: B batch, N cameras of the policy, P state dimension of the policy, T text tokens.
+Dimension key: B batch, N cameras, H action horizon, A action dimension and P state dimension of the policy, T text
+tokens.
 """
 
 from collections.abc import Callable
@@ -47,6 +48,30 @@ def collate(
         "token_mask": token_mask,
         "key": key,
     }
+
+
+def check_batch(config: PolicyConfig, batch: dict[str, Tensor], training: bool) -> None:
+    """Raises InputError for a batch that lacks something, or has it in another shape or dtype; no value is read."""
+    B, N, T = len(batch.get("images", ())), len(config.cameras), config.model.max_tokens
+    expected = {
+        "dataset": (torch.int64, B),
+        "images": (torch.uint8, B, N, 3, *config.image_size),
+        "image_mask": (torch.bool, B, N),
+        "state": (torch.float32, B, config.state_dim),
+        "tokens": (torch.int64, B, T),
+        "token_mask": (torch.bool, B, T),
+        "key": (torch.int64, B),
+    }
+    if training:
+        expected["actions"] = (torch.float32, B, config.model.chunk_size, config.action_dim)
+        expected["action_is_pad"] = (torch.bool, B, config.model.chunk_size)
+    for name, (dtype, *shape) in expected.items():
+        if name not in batch:
+            raise InputError(f"the batch lacks {name}, {dtype} {shape}")
+        found = batch[name]
+        same = found.dtype == dtype or (dtype.is_floating_point and found.is_floating_point())
+        if not same or [*found.shape] != shape:
+            raise InputError(f"the batch has {name} {found.dtype} {[*found.shape]}, expected {dtype} {shape}")
 
 
 def nothing(config: PolicyConfig, tokenize: Callable, size: int) -> dict[str, Tensor]:

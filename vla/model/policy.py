@@ -286,6 +286,7 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The loss, a weighted sum of terms, and each term, all means over the samples (scalars); sample_loss [B]."""
+        observation.check_batch(self.config, batch, training=True)
         weights, scale = self.config.model.loss, self.action_norm.of(batch["dataset"])
         hidden, mask, error = self._understand(batch, lm=weights.lm > 0)
         state = self.state_norm.of(batch["dataset"]).normalize(batch["state"][:, None])[:, 0]  # [B, P]
@@ -303,8 +304,9 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
     def predict_chunk(self, batch: dict[str, Tensor]) -> Tensor:
         """The next H actions in each robot's own units, float32 [B, H, A], 0 in dimensions that it lacks.
 
-        Raises InputError without statistics.
+        Raises InputError without statistics, and for a batch of other shapes or dtypes than VLAPolicy's.
         """
+        observation.check_batch(self.config, batch, training=False)
         if not self._has_statistics:
             self.state_norm.require()
             self.action_norm.require()
