@@ -30,7 +30,7 @@ def main(config: TrainConfig) -> None:
     from vla.data.loader import loader
     from vla.data.mixture import open_datasets
     from vla.data.stream import Samples, split, summary, training_positions
-    from vla.export import export, init_from
+    from vla.export import deliver, init_from
     from vla.guard import Guard, Signals
     from vla.learner import Learner, accelerate
     from vla.log import RunLog
@@ -88,8 +88,8 @@ def main(config: TrainConfig) -> None:
 
     # ---- Resume: one integer places the data, the learning rate and the logs.
     unjudged = {"best": None, "best_step": None, "evaluations_since_best": 0, "evaluated": None}
-    unjudged |= {"metric": config.eval.metric}
-    state = unjudged | {"step": 0, "score": None, "seconds": 0.0, "rollbacks": 0, "left_out": []}
+    unjudged |= {"metric": config.eval.metric, "score": None}
+    state = unjudged | {"step": 0, "seconds": 0.0, "rollbacks": 0, "left_out": []}
     state |= {"skipped_updates": 0, "bad_in_a_row": 0, "loss_average": 0.0}
     state |= {"data": digests, "base": policy.config.base}
 
@@ -281,16 +281,11 @@ def main(config: TrainConfig) -> None:
         if state["best_step"] is None:
             raise FloatingPointError(f"eval/{config.eval.metric} was never finite, so there is nothing good to export")
 
-        def deliver() -> None:
-            best = checkpoint.find(str(run_dir / "best"), checkpoints)
-            state["best_step"] = int(best.name[-8:])  # another one if the save of the best has failed
-            card = f"Trained on {', '.join(spec.name for spec in specs)}; the best of {step} steps of "
-            card += f"{config.global_batch_size} samples was step {state['best_step']}."
-            flags = ("backbone", "vision_backbone", "language_backbone")
-            export(best, run_dir / "export", card, **{name: getattr(config.model, name) for name in flags})
+        def finish() -> None:
+            log.say(deliver(config, state, checkpoints, [spec.name for spec in specs]))
             log.result(state)
 
-        checkpoint.together(accelerator, deliver)
+        checkpoint.together(accelerator, finish)
     log.close()
     accelerator.wait_for_everyone()
     guard.watchdog.close()

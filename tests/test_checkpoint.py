@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from saving import seal
-from training import after, assert_equal, die_at, flip, last, of, result, steps, train
+from training import after, assert_equal, die_at, flip, last, of, result, series, steps, train
 
 from vla import InputError, checkpoint
 
@@ -294,7 +295,9 @@ def test_best_whose_save_failed_is_replaced_by_the_best_on_the_disk(flags, tmp_p
     run = tmp_path / "run"
     (child,) = train(*flags, "--optim.lr", 0, "--run_dir", run, before=fail_at_7)
     assert "warning: a checkpoint could not be saved" in child.ok().stderr
-    assert result(run)["best_step"] == 16
+    assert (result(run)["best_step"], result(run)["best"]) == (16, series(run, "eval/loss")[16])
+    assert re.search(r"^warning: the best, of step 7 with eval/loss [\d.]+, was lost$", child.stderr, re.M)
+    assert re.search(rf"^done: .* was step 16, eval/loss [\d.]+; it is exported to {run}/export$", child.stderr, re.M)
     assert checkpoint.find(f"{run}/best", run / "checkpoints") == run / "checkpoints/step_00000016"
     assert "was step 16" in (run / "export/README.md").read_text()
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vla import InputError, NotSaved, checkpoint
-from vla.config import MovedConfig
+from vla.config import MovedConfig, TrainConfig
 from vla.model.policy import VLAPolicy
 from vla.options import run_folder
 from vla.shards import Rows, files
@@ -57,6 +57,20 @@ def export(source: Path, out: Path, summary: str, merge: bool = False, **moved: 
         shutil.rmtree(temporary, ignore_errors=True)
         why = checkpoint.in_one_line(failure)
         raise NotSaved(f"{out} cannot be written ({why}); make room, then python -m vla.export {source}") from None
+
+
+def deliver(config: TrainConfig, state: dict, checkpoints: Path, datasets: list[str]) -> str:
+    """Export the best checkpoint of a run that is done; which one it was is put into its state, and said in a line."""
+    best, out = checkpoint.find(str(Path(config.run_dir, "best")), checkpoints), Path(config.run_dir, "export")
+    found, lost, metric = checkpoint.read_state(best), "", config.eval.metric
+    if found["step"] != state["best_step"]:  # its save has failed, or it was damaged since
+        lost = f"warning: the best, of step {state['best_step']} with eval/{metric} {state['best']:.4g}, was lost\n"
+    state |= {"best_step": found["step"], "best": -found["score"] if metric == "success" else found["score"]}
+    which = f"the best of {state['step']} steps of {config.global_batch_size} samples was step {found['step']}"
+    card = f"Trained on {', '.join(datasets)}; {which}."
+    flags = ("backbone", "vision_backbone", "language_backbone")
+    export(best, out, card, **{name: getattr(config.model, name) for name in flags})
+    return f"{lost}done: {which}, eval/{metric} {state['best']:.4g}; it is exported to {out}"
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
