@@ -72,6 +72,17 @@ WRONG = {
     ),
     "no weight at all": ({"loss": LossConfig(flow=0)}, "the loss weights flow are all 0"),
     "nothing but language": ({"head": "token", "loss": LossConfig(ce=0, lm=1)}, "the loss weights ce are all 0"),
+    "a part to train under one that is never": (
+        {"freeze": ("language_model", "language_model.norm"), "unfreeze": (("language_model.norm", 5),)},
+        "--model.unfreeze language_model.norm 5 has no effect under language_model, which --model.freeze freezes for",
+    ),
+    "a part to train under one that is later": (
+        {
+            "freeze": ("language_model", "language_model.norm"),
+            "unfreeze": (("language_model", 6), ("language_model.norm", 5)),
+        },
+        "--model.unfreeze language_model.norm 5 has no effect under language_model, which --model.freeze freezes for",
+    ),
     "language of a frozen model": (
         {"loss": LossConfig(lm=1), "freeze": ("language_model",)},
         "--model.loss.lm trains the language_model, which --model.freeze freezes",

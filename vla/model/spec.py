@@ -161,6 +161,14 @@ def _check_parts(config: PolicyConfig) -> None:
     model, lora = config.model, config.lora
     if odd := sorted(set(dict(model.unfreeze)) - set(model.freeze)):
         raise InputError(f"--model.unfreeze names {', '.join(odd)}, which --model.freeze does not freeze; add it there")
+    steps = dict(model.unfreeze)
+    idle = [(a, b) for a in steps for b in model.freeze if a.startswith(f"{b}.") and steps[a] < steps.get(b, math.inf)]
+    if idle:
+        inner, outer = idle[0]
+        raise InputError(
+            f"--model.unfreeze {inner} {steps[inner]} has no effect under {outer}, which --model.freeze freezes for "
+            "longer; name there the parts of it that stay frozen"
+        )
     for flag, value, low, high in (
         *((f"model.unfreeze {name}", step, 1, None) for name, step in model.unfreeze),
         ("lora.rank", lora.rank, 0, None),
