@@ -7,7 +7,7 @@ from robots import ACTIONS, assert_same
 from torch import nn
 
 from vla import InputError
-from vla.config import LoraConfig, OptimConfig
+from vla.config import LoraConfig, LossConfig, OptimConfig
 from vla.optim import parameter_groups
 
 BOTH = ("vision_encoder", "language_model")
@@ -118,6 +118,18 @@ def test_merged_policy_is_one_without_adapters_that_predicts_the_same(kind, orig
     assert policy.config.lora == plain.config.lora
     plain.load_state_dict(merged)
     assert torch.equal(plain.predict_chunk(batch), policy.predict_chunk(batch))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adapter_of_the_map_to_the_next_word_learns_and_is_merged(dtype, originals):
+    own = {"targets": ("next_token",), "modules": ("language_model",), "loss": LossConfig(lm=1), "frozen_dtype": dtype}
+    policy = adapted(originals("smolvlm"), **own)
+    batch = batch_of(policy)
+    before = policy(batch)["lm"]
+    policy(batch)["loss"].backward()
+    assert all(p.grad.any() for name, p in policy.named_parameters() if "lora_" in name)
+    policy.merge()
+    torch.testing.assert_close(policy(batch)["lm"], before, rtol=1e-4 if dtype == "float32" else 1e-2, atol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)

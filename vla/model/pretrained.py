@@ -155,9 +155,11 @@ class LanguageModel(nn.Module):
 
     def _loss(self, hidden: Tensor, tokens: Tensor, token_mask: Tensor) -> Tensor:
         """Cross-entropy of each next token, meaned over each sample's own. hidden: [B, T - 1, D] -> [B]."""
-        weight = self.next_token.weight if self.next_token else self.model.get_input_embeddings().weight  # tied
-        logits = F.linear(hidden, weight.to(hidden.dtype)).float()  # [B, T - 1, V]
-        error = F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+        if self.next_token:
+            logits = self.next_token(hidden)  # [B, T - 1, V]
+        else:  # tied
+            logits = F.linear(hidden, self.model.get_input_embeddings().weight.to(hidden.dtype))
+        error = F.cross_entropy(logits.float().transpose(1, 2), tokens[:, 1:], reduction="none")
         valid = token_mask[:, 1:].float()
         return (error * valid).sum(1) / valid.sum(1).clamp(min=1)
 
