@@ -338,6 +338,11 @@ def test_rollout_itself_exits_with_one_line(tmp_path):
     assert done.stderr.startswith(f"error: {tmp_path}")
 
 
+def test_rollout_refuses_a_device_that_is_not_there(finished):
+    (child,) = run_module("vla.rollout", "--policy", finished / "export", "--env", "tabletop", "--device", "cuda:99")
+    assert_refused(child, "--device cuda:99 cannot be used (", "give cpu, or leave it out")
+
+
 def test_export_refuses_what_is_no_run_in_one_line(finished, tmp_path):
     (child,) = run_module("vla.export", tmp_path)
     assert_refused(child, tmp_path)

@@ -227,6 +227,11 @@ def main(config: RolloutConfig) -> None:
         if Path(file).is_dir():
             raise InputError(f"{file} is a folder, expected the name of a file")
         Path(file).parent.mkdir(parents=True, exist_ok=True)  # now, and not when there is something to lose
+    try:
+        torch.empty(0, device=config.device)
+    except (AssertionError, RuntimeError) as failure:
+        reason = str(failure).partition("\n")[0]
+        raise InputError(f"--device {config.device} cannot be used ({reason}); give cpu, or leave it out") from None
     policy = VLAPolicy.from_pretrained(config.policy, **config.moved()).to(config.device)
     dataset = check_fits(policy.config, config.env, config.dataset)
     policy.drive(dataset)

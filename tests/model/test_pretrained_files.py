@@ -10,9 +10,9 @@ import torch
 from backbones import KINDS, SIDE, TEXTS, batch_of, edited, moved, policy_on, settings
 from robots import assert_same
 from safetensors.torch import load_file, save_file
-from tiny import vlm
+from tiny import VIT, vlm
 from torch import nn
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from vla import InputError
 from vla.config import LoraConfig, LossConfig
@@ -207,6 +207,37 @@ def test_models_of_another_kind_are_refused_where_they_stand(originals, tmp_path
     ):
         with pytest.raises(InputError, match=told):
             policy_on(flags)
+
+
+MISFITS = {
+    "features of some patches": (
+        "vision_backbone",
+        AutoModel,
+        ("vit_mae", VIT | {"image_size": SIDE}),
+        r"family vit_mae, makes \[10, 32\] of two images of 4x4 patches, expected \[32, 32\]",
+    ),
+    "features of all images in a row": (
+        "vision_backbone",
+        AutoModel,
+        ("pixtral", VIT | {"image_size": SIDE, "head_dim": 16}),
+        "does not take images of 32x32, .*; correct that file, or give one such as SigLIP",
+    ),
+    "narrower embeddings": (
+        "language_backbone",
+        AutoModelForCausalLM,
+        ("opt", {"hidden_size": 32, "word_embed_proj_dim": 16, "num_attention_heads": 2}),
+        "is of the family opt, whose decoder does not take embeddings of its own width",
+    ),
+}
+
+
+@pytest.mark.parametrize("misfit", MISFITS)
+def test_models_that_do_not_fit_together_are_refused(misfit, originals, tmp_path):
+    flag, auto, (kind, sizes), told = MISFITS[misfit]
+    flags = originals("siglip") | moved({flag: originals("siglip")[flag]}, tmp_path)
+    auto.from_config(AutoConfig.for_model(kind, **sizes)).save_pretrained(flags[flag])
+    with pytest.raises(InputError, match=told):
+        policy_on(flags, freeze=("vision_encoder",))
 
 
 @pytest.mark.parametrize("kind", KINDS)

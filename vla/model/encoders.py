@@ -105,17 +105,28 @@ class Projector(nn.Sequential):
 
 
 def unused(encoder: nn.Module, image_size: tuple[int, int]) -> list[nn.Parameter]:
-    """The parameters that image tokens do not depend on, such as those of a token that hides patches."""
+    """The parameters that image tokens do not depend on, such as those of a token that hides patches.
+
+    Raises InputError for an encoder that does not give one feature for each patch of each image.
+    """
     parameters = [p for p in encoder.parameters() if p.requires_grad]
     with torch.enable_grad():
         try:
-            tokens = encoder(torch.zeros(1, 1, 3, *image_size, dtype=torch.uint8))
-        except (RuntimeError, ValueError) as failure:  # each model has its own words for it
+            tokens = encoder(torch.zeros(1, 2, 3, *image_size, dtype=torch.uint8))
+        except (RuntimeError, TypeError, ValueError) as failure:  # each model has its own words for it
             made, reason = "x".join(map(str, encoder.pixels.size)), str(failure).partition("\n")[0]
             raise InputError(
                 f"the image encoder does not take images of {made}, as its preprocessor_config.json makes them "
-                f"({reason}); correct that file"
+                f"({reason}); correct that file, or give one such as SigLIP or DINO"
             ) from None
+    if isinstance(encoder, PatchEncoder):
+        (rows, columns), width, kind = encoder.grid, encoder.model.config.hidden_size, encoder.model.config.model_type
+        if tokens.shape != (1, 2 * rows * columns, width):
+            raise InputError(
+                f"--model.vision_backbone, of the family {kind}, makes {[*tokens.shape[1:]]} "
+                f"of two images of {rows}x{columns} patches, expected {[2 * rows * columns, width]}; give one that has "
+                "a feature for each patch, such as SigLIP or DINO"
+            )
     nodes, seen, reached = [tokens.grad_fn], {None}, set()  # backwards, without computing anything
     while nodes:
         if (node := nodes.pop()) not in seen:

@@ -106,7 +106,8 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
     def spare_unused(self) -> None:
         """Leave out of training what images do not depend on, which would get no gradient; before a training."""
         self.freeze_at(math.inf)
-        if self.backbone and any(p.requires_grad for p in self.vision_encoder.parameters()):
+        trained = any(p.requires_grad for p in self.vision_encoder.parameters())
+        if self.backbone and (trained or self.backbone.projector):
             unused = set(encoders.unused(self.vision_encoder, self.config.image_size))
             self._never |= {name for name, p in self.named_parameters() if p in unused}
         self.freeze_at(0)

@@ -246,6 +246,12 @@ def build(model: ModelConfig, cameras: int, image_size: tuple[int, int], saved: 
             whole.get_decoder(),
             originals.tokenizer("language_backbone", family.marks),
         )
+        words = whole.get_input_embeddings().weight.shape[1]
+        if decoder is whole or not hasattr(decoder, "config") or words != decoder.config.hidden_size:
+            raise InputError(
+                f"--model.language_backbone {model.language_backbone} is of the family {text.model_type}, whose "
+                "decoder does not take embeddings of its own width; expected one such as Qwen3 or Llama"
+            )
         projector = Projector(seen.config.hidden_size, decoder.config.hidden_size)
     if model.hidden_layer >= text.num_hidden_layers:
         raise InputError(
