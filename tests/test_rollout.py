@@ -83,6 +83,10 @@ class Counter:
 
     config = SimpleNamespace(model=SimpleNamespace(n_action_steps=2))
     driven = SimpleNamespace(action_names=("number",))  # of a policy that has a robot with two
+    device = "cpu"
+
+    def parameters(self):
+        return iter([torch.zeros(1, device=self.device)])
 
     def collate(self, observations, key):
         return {"next": torch.tensor([observation["next"] for observation in observations]), "key": key}
@@ -104,6 +108,17 @@ def test_every_world_gets_the_actions_predicted_for_it_while_others_end(monkeypa
     for episode in episodes[:4]:
         assert [frame[0, 0, 0] for frame in episode.frames] == list(range(episode.steps + 1))
     assert not any(episode.frames for episode in episodes[4:])
+
+
+@pytest.mark.parametrize(("device", "sizes"), [("meta", {4}), ("cpu", {2, 3, 4})])
+def test_batches_of_a_policy_on_another_device_are_of_one_size_while_worlds_end(monkeypatch, device, sizes):
+    monkeypatch.setattr(sim, "make", lambda name, image_size: Counting())
+    policy, found = Counter(), set()
+    predict, policy.device = policy.predict_chunk, device  # which takes batches from the CPU, as a captured one
+    policy.predict_chunk = lambda batch: (found.add(len(batch["key"])), predict(batch))[1]
+    episodes = rollout.rollout(policy, "counting", [5, 12, 14, 19], batch_size=4)
+    assert all(episode.success for episode in episodes)
+    assert found == sizes
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])

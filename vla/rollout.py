@@ -73,9 +73,9 @@ def rollout(
         # Noise by (seed, steps so far), so that an episode is the same in whatever batch it runs.
         counters = [seeds[i] * 10_000 + steps for i, (steps, _) in waiting.items()]
         batch = policy.collate(seen, keyed.derive(0, torch.tensor(counters)))
-        # Of one shape, for which compiled layers are compiled once; and who waits with whom, which is chance among
+        # Of one shape, that of compiled layers and of a captured graph; and who waits with whom, which is chance among
         # processes, changes nothing. With neither it would only cost time.
-        if workers or batch["key"].device.type != "cpu":
+        if workers or next(policy.parameters()).device.type != "cpu":
             batch = {name: torch.cat([v, v[:1].expand(size - len(v), *v.shape[1:])]) for name, v in batch.items()}
         chunks = policy.predict_chunk(batch)[: len(seen)].float().cpu().numpy()
         chunks = dict(zip(waiting, chunks[:, :, : len(policy.driven.action_names)], strict=True))
