@@ -79,6 +79,7 @@ def main(config: TrainConfig) -> None:
         origin = init_from(policy, Path(config.init_from))
     if config.eval.env:
         policy.drive(rollout.check_fits(policy.config, config.eval.env, config.eval.dataset))
+        drawn = data.datasets[policy.config.place(policy.driven.name)].largest_side
 
     # ---- What learns, on all processes.
     accelerator = accelerate(config, accumulation, world_size)
@@ -144,7 +145,7 @@ def main(config: TrainConfig) -> None:
                 values = evaluate.held_out(accelerator, policy, val_samples, config.eval.samples, micro_batch, go_on)
             if config.eval.env and values is not None:
                 success, recorded = evaluate.closed_loop(
-                    accelerator, policy, config.eval.env, config.eval.episodes, go_on=go_on
+                    accelerator, policy, config.eval.env, config.eval.episodes, drawn, go_on=go_on
                 )
                 values = None if success is None else values | success
         if values is None:  # a signal came; the resumed run begins with this evaluation

@@ -249,9 +249,10 @@ def test_policy_that_sees_larger_images_acts_on_those_of_the_environment():
     assert episode.steps > 0
 
 
-def test_evaluation_in_training_draws_what_the_policy_sees():
+@pytest.mark.parametrize(("given", "size"), [((), 48), ((96,), 96)])
+def test_evaluation_in_training_draws_what_the_policy_sees_or_what_it_is_told(given, size):
     policy, sizes = tiny(image_size=(48, 48)), set()
     collate = policy.collate
     policy.collate = lambda seen, key: (sizes.add(seen[0]["images"].shape), collate(seen, key))[1]
-    evaluate.closed_loop(Accelerator(cpu=True), policy, "tabletop", episodes=1)
-    assert sizes == {(2, 3, 48, 48)}
+    evaluate.closed_loop(Accelerator(cpu=True), policy, "tabletop", 1, *given)
+    assert sizes == {(2, 3, size, size)}

@@ -323,6 +323,15 @@ def test_metrics_and_result_tell_the_whole_run(finished):
     assert told["peak_memory_gb"] > 0
 
 
+def test_environment_draws_images_of_the_size_that_the_data_have_before_they_are_resized(flags, tmp_path):
+    def note(found):
+        after(evaluate, "closed_loop", lambda _, accelerator, policy, *given: found.update(given=given))
+
+    own = ["--data.image_size", 32, 32, "--eval.env", "tabletop", "--eval.episodes", 1, "--steps", 1]
+    (child,) = train(*flags, *own, "--run_dir", tmp_path / "run", before=note)
+    assert child.ok().found["given"] == ("tabletop", 1, 64)
+
+
 def test_tensorboard_has_every_number_the_first_images_the_settings_and_the_rollouts(flags, tmp_path):
     def keep_first_batch(found):
         after(VLAPolicy, "forward", lambda _, policy, batch: found.setdefault("images", batch["images"].numpy()))

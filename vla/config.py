@@ -216,7 +216,8 @@ class EvalConfig:
     patience: int = 0
     # What counts as an improvement.
     min_delta: float = 0.0
-    # Environment to act in at every evaluation, such as tabletop or metaworld (none if empty).
+    # Environment to act in at every evaluation, such as tabletop or metaworld (none if empty); it draws images of the
+    # size that the data's have on the disk.
     env: str = ""
     # Data set whose robot acts there, if that of several could.
     dataset: str = ""

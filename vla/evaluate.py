@@ -85,17 +85,19 @@ def closed_loop(
     policy: VLAPolicy,
     env: str,
     episodes: int,
+    image_size: int = 0,
     record: int = 4,
     go_on: Callable[[], bool] = lambda: True,
 ) -> tuple[dict[str, float] | None, list[Episode]]:
     """Success rate in an environment and in each tier of its tasks, the episodes shared out over the processes.
 
-    Every process calls this. Also returns its first `record` episodes, on the main process with their frames. The rates
-    are None, on all processes, if `go_on()` was false on any before all were done.
+    image_size: see sim.make (0: the policy's). Every process calls this. Also returns its first `record` episodes, on
+    the main process with their frames. The rates are None, on all processes, if `go_on()` was false on any before all
+    were done.
     """
     seeds = [sim.VALIDATION_SEEDS + i for i in range(episodes)][accelerator.process_index :: accelerator.num_processes]
     world = sim.make(env)
-    options = {"image_size": max(policy.config.image_size), "workers": processes(world)}
+    options = {"image_size": image_size or max(policy.config.image_size), "workers": processes(world)}
     filmed = range(record if accelerator.is_main_process else 0)
     policy.eval()
     done = rollout(policy, env, seeds, record=filmed, go_on=go_on, **options)

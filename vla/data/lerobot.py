@@ -29,9 +29,10 @@ class LeRobotDataset:
     skip_bad: leave out episodes with faults. accept: kinds of faults to live with (see vla.data.faults).
     Opening checks everything and raises InputError at any fault that is neither accepted nor left out.
 
-    Attributes: name, fps, cameras, image_size, state_dim, state_names, action_dim, action_names, instructions (by task
-    index), num_frames, episode_from and episode_to (exclusive) int64 [E], episode_numbers int64 [E] (their names in
-    the data set), episodes int64 (rows of those that are not left out), num_episodes (of them).
+    Attributes: name, fps, cameras, image_size, largest_side (of pictures as they are stored), state_dim, state_names,
+    action_dim, action_names, instructions (by task index), num_frames, episode_from and episode_to (exclusive) int64
+    [E], episode_numbers int64 [E] (their names in the data set), episodes int64 (rows of those that are not left out),
+    num_episodes (of them).
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class LeRobotDataset:
         layout = selection.layout
         self.name, self.fps, self.instructions = selection.name, layout.fps, layout.instructions
         self.cameras, self.image_size = tuple(selection.cameras), selection.image_size
+        self.largest_side = max(max(layout.image_size(key)) for key in selection.cameras.values())
         self.state_names, self.action_names = selection.state_names, selection.action_names
         self.state_dim, self.action_dim = len(self.state_names), len(self.action_names)
         folder = Path(cache_dir or layout.root / CACHE)
