@@ -73,6 +73,7 @@ def main(config: TrainConfig) -> None:
 
     # ---- Policy: statistics first, then weights from elsewhere, if any.
     if not resuming:  # else they are in the checkpoint
+        options.check_steps(config, steps)
         policy.set_statistics(train_samples.statistics())
     origin = f"pretrained {policy.backbone.originals}" if policy.backbone else "weights from scratch"
     if config.init_from and not resuming:

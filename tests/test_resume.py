@@ -19,6 +19,7 @@ from training import (
     metrics,
     of,
     result,
+    run_module,
     series,
     start,
     steps,
@@ -178,3 +179,21 @@ def test_auto_starts_a_run_and_then_goes_on_with_it(uninterrupted, flags, tmp_pa
     (resumed,) = train(*same_command)
     assert f"resumed from {tmp_path}/run/checkpoints/step_00000005" in resumed.ok().stderr
     assert_equal(tmp_path / "run", uninterrupted("--micro_batch_size", 12))
+
+
+def test_run_can_end_before_a_part_of_it_is_trained(flags, tmp_path):
+    own = ("--model.freeze", "vision_encoder", "--model.unfreeze", "vision_encoder", 12, "--run_dir", tmp_path / "run")
+    train(*flags, *own, before=die_at(7))
+    train("--resume_from", tmp_path / "run", "--steps", 10)[0].ok()
+    assert result(tmp_path / "run")["step"] == 10
+
+
+@pytest.mark.parametrize("name", ["best", "step_00000005", "step_by_step"])
+def test_run_is_resumed_by_its_name_whatever_that_is(name, flags, tmp_path):
+    run = tmp_path / name
+    train(*flags, "--steps", 8, "--run_dir", run)[0].ok()
+    (resumed,) = train("--resume_from", run, "--steps", 9)
+    assert f"resumed from {run}/checkpoints/step_00000008" in resumed.ok().stderr
+    run_module("vla.export", run)[0].ok()
+    (child,) = train("--resume_from", run / "checkpoints/step_00000099")
+    assert child.stderr == f"error: {run}/checkpoints/step_00000099 is not there; there are the steps 8, 9\n"

@@ -36,6 +36,7 @@ from accelerate.utils import broadcast_object_list
 
 from vla import InputError, NotSaved, shards
 from vla.config import CheckpointConfig
+from vla.options import run_folder
 
 logger = logging.getLogger(__name__)
 NAME = re.compile(r"step_(\d{8})")
@@ -263,10 +264,13 @@ def find(resume_from: str, folder: Path, passed_over: Iterable[Path] = ()) -> Pa
     For a run it is the newest good one: damaged ones are named in a warning and passed over. Raises InputError if
     none is good, never falling back to a fresh start.
     """
-    if NAME.fullmatch(Path(resume_from).name):
+    if (name := wanted(resume_from)) not in ("", "best"):
+        if not Path(resume_from).exists():
+            there = ", ".join(map(str, all_steps(folder)))
+            raise InputError(f"{resume_from} is not there; there are the steps {there}")
         verify(Path(resume_from))
         return Path(resume_from)
-    best_wanted, good = Path(resume_from).name == "best", []
+    best_wanted, good = name == "best", []
     for path in reversed(all_steps(folder).values()):
         if path in passed_over:
             continue
@@ -290,6 +294,12 @@ def find(resume_from: str, folder: Path, passed_over: Iterable[Path] = ()) -> Pa
         else:
             return found
     raise InputError(f"no good checkpoint of {folder.parent} was judged best; resume from {folder.parent} itself")
+
+
+def wanted(resume_from: str) -> str:
+    """The name of the checkpoint that --resume_from means: step_…, best, or none for the newest of a run."""
+    path = Path(resume_from)
+    return path.name if run_folder(path) != path and (path.name == "best" or NAME.fullmatch(path.name)) else ""
 
 
 def together(accelerator: Accelerator, act: Callable[[], T]) -> T:

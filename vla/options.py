@@ -157,6 +157,8 @@ def resume_folder(config: TrainConfig) -> Path | None:
 
 def run_folder(path: Path) -> Path:
     """The run to which a path belongs: itself, RUN/best, RUN/checkpoints or one checkpoint of it."""
+    if (path / "config.json").is_file() and (path / "checkpoints").is_dir():
+        return path
     if path.name == "best" or path.name.startswith("step_"):
         path = path.parent
     return path.parent if path.name == "checkpoints" else path
@@ -231,10 +233,6 @@ def validate(config: TrainConfig) -> None:
                 f"--{flag} names {', '.join(unknown)}; the modules are {', '.join(parts)} (of a composed backbone), "
                 "and parts of them such as language_model.model"
             )
-    if late := [f"{name} {step}" for name, step in model.unfreeze if 0 < config.steps <= step]:
-        raise InputError(
-            f"--model.unfreeze {' '.join(late)} lies beyond the last of --steps {config.steps}; leave it out"
-        )
     if not set(parts) - set(model.freeze) - {"projector"} and not model.vision_backbone:
         raise InputError("--model.freeze names every module, so there is nothing to train; leave one out")
     if frozen := sorted(set(dict(optim.module_lrs)) & set(model.freeze) - set(dict(model.unfreeze))):
@@ -298,3 +296,9 @@ def validate(config: TrainConfig) -> None:
             f"--data.val_fraction 0 leaves no episodes for --eval.metric {config.eval.metric}; "
             "give a fraction, or --eval.env and --eval.metric success"
         )
+
+
+def check_steps(config: TrainConfig, steps: int) -> None:
+    """Raises InputError for what a new run of so many steps would never come to."""
+    if late := [f"{name} {step}" for name, step in config.model.unfreeze if step >= steps]:
+        raise InputError(f"--model.unfreeze {' '.join(late)} lies beyond the last of {steps} steps; leave it out")

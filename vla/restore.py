@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from accelerate.utils import load as load_tensors
 
 from vla import InputError
-from vla.checkpoint import NAME, find, in_one_line, read_state, together
+from vla.checkpoint import find, in_one_line, read_state, together, wanted
 from vla.learner import Learner
 from vla.model.policy import VLAPolicy
 from vla.optim import EMA, before_first_step, trained_parameters
@@ -94,7 +94,7 @@ def restore(learner: Learner, resume_from: str, folder: Path, passed_over: Itera
         problem = next(filter(None, gather_object([problem])), "")
         if not problem:
             return state, path
-        if NAME.fullmatch(Path(resume_from).name):
+        if wanted(resume_from) not in ("", "best"):
             raise InputError(problem)
         if accelerator.is_main_process:
             logger.warning("%s; trying the one before it", problem)
