@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from vla import checkpoint
 from vla.config import CheckpointConfig
 from vla.optim import EMA
 from vla.saver import Saver
@@ -87,3 +88,14 @@ def seal(path):
         for file in files
     }
     (path / "MANIFEST.json").write_text(json.dumps({"files": entries}))
+
+
+def checkpoints_of(folder, found):
+    """Small checkpoints that verify: `found` has their counters by step."""
+    for step, values in found.items():
+        temporary = folder / ".saving"
+        temporary.mkdir(parents=True)
+        for name in (checkpoint.NEEDED | checkpoint.TENSORS) - {"trainer_state.json"}:
+            (temporary / name).touch()
+        (temporary / "trainer_state.json").write_text(json.dumps(state_of(step, **values) | {"versions": {}}))
+        checkpoint.commit(temporary, folder / f"step_{step:08d}", {})

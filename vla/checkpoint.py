@@ -14,6 +14,7 @@ model-00001-of-00004.safetensors and so on (vla/shards.py). Both kinds load with
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -100,7 +101,12 @@ def lock(run_dir: Path, patience: float = 60) -> None:
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # its own: what it forks does not hold it
             break
-        except OSError:
+        except OSError as failure:
+            if failure.errno not in (errno.EAGAIN, errno.EACCES):
+                why = in_one_line(failure)
+                raise InputError(
+                    f"{run_dir} cannot be kept from other jobs ({why}); choose a --run_dir on a disk that has locks"
+                ) from None
             if time.monotonic() > deadline:
                 owner = os.read(handle, 1000).decode().strip() or "another process"
                 raise InputError(f"{run_dir} is in use by {owner}; end it, or choose another --run_dir") from None
