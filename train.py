@@ -90,7 +90,8 @@ def main(config: TrainConfig) -> None:
 
     # ---- Resume: one integer places the data, the learning rate and the logs.
     unjudged = {"best": None, "best_step": None, "evaluations_since_best": 0, "evaluated": None}
-    unjudged |= {"metric": config.eval.metric, "score": None}
+    metric = config.eval.metric if len(val_samples) or config.eval.env else None  # nothing is evaluated
+    unjudged |= {"metric": metric, "score": None}
     state = unjudged | {"step": 0, "seconds": 0.0, "rollbacks": 0, "left_out": []}
     state |= {"skipped_updates": 0, "bad_in_a_row": 0, "loss_average": 0.0}
     state |= {"data": digests, "base": policy.config.base}
@@ -102,7 +103,7 @@ def main(config: TrainConfig) -> None:
         saved, path = restore(learner, resume_from, checkpoints, passed_over)
         if not (path / f"random_states_{rank}.pkl").exists():
             seed_apart(saved["step"])
-        if saved["metric"] != config.eval.metric:  # what was best by another measure tells nothing
+        if saved["metric"] != metric:  # what was best by another measure tells nothing
             saved |= unjudged
         return saved, path
 
@@ -152,10 +153,13 @@ def main(config: TrainConfig) -> None:
         if values is None:  # a signal came; the resumed run begins with this evaluation
             guard.stopping = True
             return False
+        if metric is None:
+            state["evaluated"] = step
+            return False
         if config.eval.env and main_process:
             log.video(step, "rollout", rollout.grid(recorded), rollout.film_fps(policy.driven.fps))
         log.metrics(step, values)
-        value, sign = values[f"eval/{config.eval.metric}"], -1 if config.eval.metric == "success" else 1
+        value, sign = values[f"eval/{metric}"], -1 if metric == "success" else 1
         state.update(evaluated=step, score=sign * value if math.isfinite(value) else None)
         better = state["best"] is None or sign * value < sign * state["best"] - config.eval.min_delta
         if better and math.isfinite(value):
@@ -271,17 +275,15 @@ def main(config: TrainConfig) -> None:
 
     # ---- The end: the best weights as one folder, and the result; or a mark that there is more to do.
     if out_of_patience():
-        log.say(
-            f"stopped at step {step}: eval/{config.eval.metric} got no better in {config.eval.patience} evaluations"
-        )
+        log.say(f"stopped at step {step}: eval/{metric} got no better in {config.eval.patience} evaluations")
     elif state["evaluated"] != steps:
         why = signals.received or "a signal to another process"
         log.say(f"stopped at step {step} of {steps} by {why}; go on with --resume_from {run_dir}")
         if main_process:
             signals.mark(f"stopped at step {step} of {steps}")
     if out_of_patience() or state["evaluated"] == steps:
-        if state["best_step"] is None:
-            raise FloatingPointError(f"eval/{config.eval.metric} was never finite, so there is nothing good to export")
+        if metric and state["best_step"] is None:
+            raise FloatingPointError(f"eval/{metric} was never finite, so there is nothing good to export")
 
         def finish() -> None:
             log.say(deliver(config, state, checkpoints, [spec.name for spec in specs]))

@@ -14,12 +14,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from training import (
     after,
     assert_equal,
+    die_at,
     everything,
     in_children,
     last,
     metrics,
     of,
     result,
+    run_module,
     series,
     train,
     weights,
@@ -276,6 +278,19 @@ def test_epochs_are_steps_over_the_training_frames(epochs, expected, flags, tmp_
     child.ok()
     assert result(tmp_path / "run")["step"] == expected
     assert result(tmp_path / "run")["samples"] == 12 * expected
+
+
+def test_run_on_all_episodes_evaluates_nothing_and_exports_its_last_checkpoint(flags, tmp_path):
+    run, own = tmp_path / "run", ("--data.val_fraction", 0, "--run_dir", tmp_path / "run")
+    train(*flags, *own, before=die_at(12))
+    assert "resumed from" in (resumed := train("--resume_from", run)[0].ok().stderr)
+    assert f"done: the last of 16 steps of 12 samples was step 16; it is exported to {run}/export" in resumed
+    assert not any(name.startswith("eval/") for line in metrics(run) for name in line)
+    assert (result(run)["best"], result(run)["best_step"], result(run)["metric"]) == (None, 16, None)
+    train(*flags, *own[:2], "--run_dir", tmp_path / "whole")[0].ok()
+    assert_equal(run, tmp_path / "whole")
+    run_module("vla.export", run, "--out", tmp_path / "again")[0].ok()
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (run / "export/model.safetensors").read_bytes()
 
 
 def test_finished_run_can_be_made_longer(flags, tmp_path):

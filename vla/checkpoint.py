@@ -291,7 +291,7 @@ def find(resume_from: str, folder: Path, passed_over: Iterable[Path] = ()) -> Pa
     if not good:
         raise InputError(f"{folder} holds no good checkpoint to resume from; start a new run in another --run_dir")
     newest = read_state(good[0])
-    while found := best(newest, good):
+    while found := best(newest, good) if newest["metric"] else next(iter(good), None):  # the last, if none was judged
         try:
             verify(found)
         except InputError as failure:

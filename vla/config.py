@@ -54,7 +54,8 @@ class DataConfig:
     # Faults to live with: action dimensions that never change, instructions that several tasks share, frames of no
     # episode between those of two in a video, episodes of a split other than train.
     accept: tuple[Literal["constant_action", "shared_instruction", "video_gap", "other_split"], ...] = ()
-    # Share of whole episodes held out for validation.
+    # Share of whole episodes held out for validation. 0: all are trained on, and without eval.env nothing is
+    # evaluated: the last checkpoint is exported.
     val_fraction: float = 0.05
     # Loader processes for each training process.
     workers: int = 2

@@ -60,17 +60,24 @@ def export(source: Path, out: Path, summary: str, merge: bool = False, **moved: 
 
 
 def deliver(config: TrainConfig, state: dict, checkpoints: Path, datasets: list[str]) -> str:
-    """Export the best checkpoint of a run that is done; which one it was is put into its state, and said in a line."""
+    """Export the best checkpoint of a run that is done, or its last if nothing was evaluated.
+
+    Which one it was is put into the state, and returned as a line.
+    """
     best, out = checkpoint.find(str(Path(config.run_dir, "best")), checkpoints), Path(config.run_dir, "export")
-    found, lost, metric = checkpoint.read_state(best), "", config.eval.metric
-    if found["step"] != state["best_step"]:  # its save has failed, or it was damaged since
+    found, metric, lost, judged = checkpoint.read_state(best), state["metric"], "", ""
+    if metric and found["step"] != state["best_step"]:  # its save has failed, or it was damaged since
         lost = f"warning: the best, of step {state['best_step']} with eval/{metric} {state['best']:.4g}, was lost\n"
-    state |= {"best_step": found["step"], "best": -found["score"] if metric == "success" else found["score"]}
-    which = f"the best of {state['step']} steps of {config.global_batch_size} samples was step {found['step']}"
+    state["best_step"] = found["step"]
+    if metric:
+        state["best"] = -found["score"] if metric == "success" else found["score"]
+        judged = f", eval/{metric} {state['best']:.4g}"
+    samples = f"{state['step']} steps of {config.global_batch_size} samples"
+    which = f"the {'best' if metric else 'last'} of {samples} was step {found['step']}"
     card = f"Trained on {', '.join(datasets)}; {which}."
     flags = ("backbone", "vision_backbone", "language_backbone")
     export(best, out, card, **{name: getattr(config.model, name) for name in flags})
-    return f"{lost}done: {which}, eval/{metric} {state['best']:.4g}; it is exported to {out}"
+    return f"{lost}done: {which}{judged}; it is exported to {out}"
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

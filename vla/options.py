@@ -291,10 +291,15 @@ def validate(config: TrainConfig) -> None:
         within(name, value, *bound)
     if config.eval.metric == "success" and not config.eval.env:
         raise InputError("--eval.metric success needs an environment to act in; give --eval.env, such as tabletop")
-    if config.data.val_fraction == 0 and config.eval.metric != "success":
+    if config.data.val_fraction == 0 and config.eval.env and config.eval.metric != "success":
         raise InputError(
             f"--data.val_fraction 0 leaves no episodes for --eval.metric {config.eval.metric}; "
-            "give a fraction, or --eval.env and --eval.metric success"
+            "give a fraction, or --eval.metric success"
+        )
+    if config.data.val_fraction == 0 and not config.eval.env and config.eval.patience:
+        raise InputError(
+            f"--eval.patience {config.eval.patience} needs evaluations, for which --data.val_fraction 0 leaves no "
+            "episodes; give a fraction, or leave it out"
         )
 
 
