@@ -94,7 +94,7 @@ def main(config: TrainConfig) -> None:
     unjudged |= {"metric": metric, "score": None}
     state = unjudged | {"step": 0, "seconds": 0.0, "rollbacks": 0, "left_out": []}
     state |= {"skipped_updates": 0, "bad_in_a_row": 0, "loss_average": 0.0}
-    state |= {"data": digests, "base": policy.config.base}
+    state |= {"data": digests, "base": policy.config.base, "precision": accelerator.mixed_precision}
 
     def seed_apart(step: int) -> None:  # what is dropped in training, of which only saved generators know more
         set_seed(int(np.random.SeedSequence([config.seed, rank, step]).generate_state(1)[0]))

@@ -197,3 +197,11 @@ def test_run_is_resumed_by_its_name_whatever_that_is(name, flags, tmp_path):
     run_module("vla.export", run)[0].ok()
     (child,) = train("--resume_from", run / "checkpoints/step_00000099")
     assert child.stderr == f"error: {run}/checkpoints/step_00000099 is not there; there are the steps 8, 9\n"
+
+
+def test_change_of_precision_is_said(flags, tmp_path):
+    run = tmp_path / "run"
+    train(*flags, "--steps", 8, "--run_dir", run, env={"ACCELERATE_MIXED_PRECISION": "bf16"})[0].ok()
+    for end, said in ((9, 1), (10, 0)):
+        (child,) = train("--resume_from", run, "--steps", end)
+        assert child.ok().stderr.count("was trained in precision bf16, and the run goes on in no") == said

@@ -355,15 +355,16 @@ def scaled_training(scale):
     return training
 
 
-def test_scaler_of_fp16_is_in_the_checkpoint(tmp_path):
+@pytest.mark.parametrize(("precision", "scale"), [("fp16", 8.0), ("bf16", 2.0)])
+def test_scaler_of_fp16_is_that_of_the_checkpoint_or_begins_anew(precision, scale, tmp_path):
     def save_and_load(found):
-        commit(scaled_training(scale=8.0), tmp_path, 1)
+        commit(scaled_training(scale=8.0) if precision == "fp16" else small_training(), tmp_path, 1)
         accelerator, *_ = training = scaled_training(scale=2.0)
         restore.load(*training, tmp_path / "step_00000001")
         found["scale"] = accelerator.scaler.get_scale()
 
     (child,) = in_children(save_and_load)
-    assert child.ok().found["scale"] == 8.0
+    assert child.ok().found["scale"] == scale
 
 
 def test_pickle_planted_as_the_scaler_is_refused_and_never_runs(tmp_path):

@@ -40,7 +40,13 @@ def load(
         _load_rows(policy, optimizer, path, weights)
         load_accelerator_state(str(path), [], [], [], [], accelerator.process_index, map_location="cpu")  # generators
     else:
-        accelerator.load_state(str(path), map_location="cpu", strict=False)  # what is frozen may not be in it
+        scaler = accelerator.scaler
+        if not (path / "scaler.pt").exists():  # it was not trained in fp16 then, and the scaler begins anew
+            accelerator.scaler = None
+        try:
+            accelerator.load_state(str(path), map_location="cpu", strict=False)  # what is frozen may not be in it
+        finally:
+            accelerator.scaler = scaler
     accelerator.step = 0  # saves fall between steps; a process new to this run has no file to read its count from
     if ema:
         ema.load(average)
@@ -93,7 +99,10 @@ def restore(learner: Learner, resume_from: str, folder: Path, passed_over: Itera
             problem = f"{path} cannot be loaded: {in_one_line(failure)}"
         problem = next(filter(None, gather_object([problem])), "")
         if not problem:
-            return state, path
+            now = accelerator.mixed_precision
+            if accelerator.is_main_process and (before := state.get("precision", now)) != now:
+                logger.warning("%s was trained in precision %s, and the run goes on in %s", path, before, now)
+            return state | {"precision": now}, path
         if wanted(resume_from) not in ("", "best"):
             raise InputError(problem)
         if accelerator.is_main_process:
