@@ -91,7 +91,9 @@ def main(config: TrainConfig) -> None:
     # ---- Resume: one integer places the data, the learning rate and the logs.
     unjudged = {"best": None, "best_step": None, "evaluations_since_best": 0, "evaluated": None}
     metric = config.eval.metric if len(val_samples) or config.eval.env else None  # nothing is evaluated
-    unjudged |= {"metric": metric, "score": None}
+    acted = [config.eval.env, config.eval.dataset, config.eval.episodes]
+    judged_on = acted if metric == "success" else [min(config.eval.samples, len(val_samples))]
+    unjudged |= {"metric": metric, "judged_on": judged_on, "score": None}
     state = unjudged | {"step": 0, "seconds": 0.0, "rollbacks": 0, "left_out": []}
     state |= {"skipped_updates": 0, "bad_in_a_row": 0, "loss_average": 0.0}
     state |= {"data": digests, "base": policy.config.base, "precision": accelerator.mixed_precision}
@@ -103,7 +105,10 @@ def main(config: TrainConfig) -> None:
         saved, path = restore(learner, resume_from, checkpoints, passed_over)
         if not (path / f"random_states_{rank}.pkl").exists():
             seed_apart(saved["step"])
-        if saved["metric"] != metric:  # what was best by another measure tells nothing
+        if (saved["metric"], saved.get("judged_on")) != (
+            metric,
+            judged_on,
+        ):  # the best by another measure tells nothing
             saved |= unjudged
         return saved, path
 

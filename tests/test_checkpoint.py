@@ -275,10 +275,11 @@ def test_run_keeps_the_newest_the_best_and_every_kth(flags, tmp_path):
     assert names == [f"step_{step:08d}" for step in kept]
 
 
-def test_metric_changed_when_a_run_is_resumed_makes_it_look_for_its_best_anew(run):
-    (child,) = train("--resume_from", run, "--eval.metric", "action_error", "--steps", 20, "--checkpoint.keep", 1)
-    child.ok()
-    assert (result(run)["best_step"], result(run)["metric"]) == (20, "action_error")
+@pytest.mark.parametrize("changed", [("--eval.metric", "action_error"), ("--eval.samples", 1)], ids=lambda own: own[0])
+def test_run_that_is_judged_otherwise_from_a_resume_on_looks_for_its_best_anew(changed, run):
+    own = (*changed, "--steps", 20, "--checkpoint.keep", 1)
+    train("--resume_from", run, *own)[0].ok()
+    assert (result(run)["best_step"], result(run)["evaluations_since_best"]) == (20, 0)
     assert steps(run) == [20]
 
 

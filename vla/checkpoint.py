@@ -191,7 +191,8 @@ def best(state: dict, good: list[Path]) -> Path | None:
         saved = read_state(path)
         if saved["step"] == state["best_step"]:
             return path
-        if saved["evaluated"] == saved["step"] and saved["metric"] == state["metric"] and saved["score"] is not None:
+        alike = all(saved.get(name) == state.get(name) for name in ("metric", "judged_on"))
+        if saved["evaluated"] == saved["step"] and alike and saved["score"] is not None:
             scores[path] = saved["score"]
     return min(scores, key=scores.get, default=None)
 

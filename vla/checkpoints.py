@@ -34,7 +34,7 @@ def look(folder: Path, hashes: bool) -> tuple[dict[Path, dict], dict[Path, str],
             checkpoint.verify(path, hashed=None if hashes else ())
             state = checkpoint.read_state(path)
             needed = ("bad_in_a_row", "best_step", "evaluated", "metric", "score", "step")
-            good[path] = {name: state[name] for name in needed}
+            good[path] = {name: state[name] for name in needed} | {"judged_on": state.get("judged_on")}
         except InputError as failure:
             if path.exists():
                 bad = unreadable if isinstance(failure, checkpoint.Unreadable) else damaged
