@@ -137,6 +137,11 @@ def main(config: TrainConfig) -> None:
         f"steps      {first_step} to {steps}: {steps * config.global_batch_size / len(train_samples):.1f} epochs in all"
     )
 
+    if config.optim.warmup_steps >= steps:
+        log.say(
+            f"warning: the warm-up (--optim.warmup_steps {config.optim.warmup_steps}) is not over when the run ends"
+        )
+
     guard = Guard(accelerator, config.guard, signals, log.say, train_samples.describe)
     guard.load(state)
     saver = Saver(

@@ -3,6 +3,7 @@
 import io
 
 import numpy as np
+import pytest
 from PIL import Image
 from saving import fill, mounted
 from training import at_step, both, die, metrics, train
@@ -44,3 +45,9 @@ def test_moving_pictures_keep_the_colours_of_small_things():
             shown = np.asarray(picture.convert("RGB"))[place]
             assert np.abs(shown - np.array([0, 0, 250])).max() <= 16
         assert (picture.n_frames, picture.info["duration"]) == (4, 50)
+
+
+@pytest.mark.parametrize(("warmup_steps", "warnings"), [(15, 0), (16, 1)])
+def test_warm_up_that_is_not_over_when_the_run_ends_is_warned_of(warmup_steps, warnings, flags, tmp_path):
+    (child,) = train(*flags, "--optim.warmup_steps", warmup_steps, "--run_dir", tmp_path / "run")
+    assert child.ok().stderr.count(f"warning: the warm-up (--optim.warmup_steps {warmup_steps}) is not") == warnings

@@ -66,11 +66,29 @@ def test_resumed_run_takes_epochs_in_place_of_steps(tmp_path):
     assert (settings.steps, settings.epochs) == (0, 3)
 
 
+def test_resumed_run_takes_steps_or_epochs_and_not_both(tmp_path):
+    save_run(tmp_path / "run")
+    with pytest.raises(InputError, match=r"found --steps 99 and --epochs 3\.0; give one of them"):
+        options.parse(["--resume_from", str(tmp_path / "run"), "--steps", "99", "--epochs", "3"])
+
+
 def test_same_command_with_auto_goes_on_whatever_flags_it_has(tmp_path):
     arguments = [
         *("--run_dir", str(tmp_path / "run"), "--data.path", "data", "--epochs", "2.5", "--resume_from", "auto"),
         *("--model.freeze", "vision_encoder", "language_model", "--optim.module_lrs", "action_head", "1e-4"),
-        *("--optim.milestones", "0.3", "0.5", "--optim.betas", "0.8", "0.9", "--data.cameras", "table", "gripper"),
+        *(
+            "--optim.schedule",
+            "step",
+            "--optim.milestones",
+            "0.3",
+            "0.5",
+            "--optim.betas",
+            "0.8",
+            "0.9",
+            "--data.cameras",
+            "table",
+            "gripper",
+        ),
         *("--log.trackers", "--model.head", "regression", "--model.gripper_dims", "2", "--deterministic"),
     ]
     fresh = options.parse(arguments)

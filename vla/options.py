@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from vla import InputError
-from vla.config import MODULES, TrainConfig
+from vla.config import MODULES, OptimConfig, TrainConfig
 
 BACKBONES = ("model.backbone", "model.vision_backbone", "model.language_backbone")
 # What may change when a run goes on. The rest makes the training what it is.
@@ -44,6 +44,8 @@ def parse(arguments: list[str]) -> TrainConfig:
 
     read = partial(tyro.cli, TrainConfig, args=arguments, prog="train.py")
     config = read()
+    if config.steps and config.epochs:
+        raise InputError(f"found --steps {config.steps} and --epochs {config.epochs}; give one of them")
     run_dir = resume_folder(config)
     if run_dir is not None:
         saved = load(run_dir / "config.json")
@@ -71,6 +73,8 @@ def parse(arguments: list[str]) -> TrainConfig:
     folders = {name: str(Path(place).resolve()) for name, place in named.items() if place and Path(place).is_dir()}
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **folders))  # found from anywhere
     validate(config)
+    if run_dir is None:
+        _check_schedule(config.optim)
     return config
 
 
@@ -217,8 +221,6 @@ def validate(config: TrainConfig) -> None:
     if len(config.data.image_size) not in (0, 2) or any(size < 1 for size in config.data.image_size):
         found = " ".join(map(str, config.data.image_size))
         raise InputError(f"--data.image_size is {found}; expected height and width in pixels, such as 224 224")
-    if config.steps and config.epochs:
-        raise InputError(f"found --steps {config.steps} and --epochs {config.epochs}; give one of them")
     parts = (*MODULES, "projector")
     for flag, names in (
         ("model.freeze", list(model.freeze)),
@@ -272,13 +274,14 @@ def validate(config: TrainConfig) -> None:
         "eval.every": (0, None),
         "eval.samples": (1, None),
         "eval.patience": (0, None),
+        "eval.min_delta": (0, None),
         "eval.episodes": (1, None),
         "checkpoint.every": (1, None),
         "checkpoint.keep": (1, None),
         "checkpoint.keep_every": (0, None),
         "guard.bad_steps": (1, None),
         "guard.rollbacks": (0, None),
-        "guard.spike_factor": (0, None),
+        "guard.spike_factor": (1 if config.guard.spike_factor else 0, None),
         "guard.hang_seconds": (0, None),
         "log.every": (1, None),
         "log.profile": (0, None),
@@ -287,10 +290,16 @@ def validate(config: TrainConfig) -> None:
     checks = [(name, values[name], bounds[name]) for name in bounds]
     checks += [("optim.module_lrs", rate, (0, None)) for _, rate in optim.module_lrs]
     checks += [("optim.betas", beta, (0, 0.999999)) for beta in optim.betas]
+    checks += [("optim.milestones", share, (1e-6, 0.999999)) for share in optim.milestones]
     for name, value, bound in checks:
         within(name, value, *bound)
     if config.eval.metric == "success" and not config.eval.env:
         raise InputError("--eval.metric success needs an environment to act in; give --eval.env, such as tabletop")
+    if config.eval.patience and not config.eval.every:
+        raise InputError(
+            f"--eval.patience {config.eval.patience} counts evaluations, of which --eval.every 0 makes none before the "
+            "end; give the steps between them, or leave it out"
+        )
     if config.data.val_fraction == 0 and config.eval.env and config.eval.metric != "success":
         raise InputError(
             f"--data.val_fraction 0 leaves no episodes for --eval.metric {config.eval.metric}; "
@@ -301,6 +310,17 @@ def validate(config: TrainConfig) -> None:
             f"--eval.patience {config.eval.patience} needs evaluations, for which --data.val_fraction 0 leaves no "
             "episodes; give a fraction, or leave it out"
         )
+
+
+def _check_schedule(optim: OptimConfig) -> None:
+    """Raises InputError for what is given to the schedule of a new run, and heeded by others alone."""
+    heeding = {"final_ratio": ("linear", "cosine", "wsd"), "milestones": ("step",), "decay_share": ("wsd",)}
+    for name, schedules in heeding.items():
+        if getattr(optim, name) != getattr(OptimConfig(), name) and optim.schedule not in schedules:
+            raise InputError(
+                f"--optim.{name} is heeded by --optim.schedule {' and '.join(schedules)}, and not by {optim.schedule}; "
+                "drop it, or take another schedule"
+            )
 
 
 def check_steps(config: TrainConfig, steps: int) -> None:
