@@ -66,6 +66,16 @@ def test_resumed_run_takes_epochs_in_place_of_steps(tmp_path):
     assert (settings.steps, settings.epochs) == (0, 3)
 
 
+def test_data_of_a_run_are_found_from_any_directory(tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
+    save_run(tmp_path / "run", "--data.path", "data", "lerobot/pusht")
+    monkeypatch.chdir(tmp_path / "run")
+    for given in ((), ("--data.path", "../data", "lerobot/pusht")):
+        resumed = options.parse(["--resume_from", ".", *given])
+        assert resumed.data.path == (str(tmp_path / "data"), "lerobot/pusht")
+
+
 def test_resumed_run_takes_steps_or_epochs_and_not_both(tmp_path):
     save_run(tmp_path / "run")
     with pytest.raises(InputError, match=r"found --steps 99 and --epochs 3\.0; give one of them"):
@@ -163,7 +173,9 @@ def test_new_run_in_the_folder_of_its_data_is_refused(inside, tmp_path, monkeypa
     (tmp_path / "data/meta").mkdir(parents=True)
     (tmp_path / "data/meta/info.json").touch()
     (tmp_path / "link").symlink_to("data")
-    with pytest.raises(InputError, match=f"--run_dir {inside} lies in the data set data; give a folder elsewhere"):
+    with pytest.raises(
+        InputError, match=f"--run_dir {inside} lies in the data set {tmp_path}/data; give a folder elsewhere"
+    ):
         options.parse([*NEW_RUN, "--run_dir", inside])
     options.parse([*NEW_RUN, "--run_dir", "database"])
     save_run(tmp_path / inside)

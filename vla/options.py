@@ -72,6 +72,8 @@ def parse(arguments: list[str]) -> TrainConfig:
     named = {field.partition(".")[2]: flatten(config)[field] for field in BACKBONES}
     folders = {name: str(Path(place).resolve()) for name, place in named.items() if place and Path(place).is_dir()}
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **folders))  # found from anywhere
+    paths = tuple(str(Path(path).resolve()) if Path(path).is_dir() else path for path in config.data.path)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=paths))
     validate(config)
     if run_dir is None:
         _check_schedule(config.optim)
