@@ -128,12 +128,14 @@ def main(config: TrainConfig) -> None:
     learner.sort_buckets()
 
     log = RunLog(accelerator, config, first_step, steps, evaluated=state["evaluated"] == first_step)
+    asked = device.type == "cpu" and os.environ.get("ACCELERATE_USE_CPU", "true").lower() == "false"
     log.say(
         f"{summary(train_samples, val_samples)}\n"
         f"policy     {config.model.head} head, {sum(p.numel() for p in learner.trained if p.requires_grad):,} of "
         f"{sum(p.numel() for p in policy.parameters()):,} parameters trained; {origin}\n"
         f"batch      {config.global_batch_size} = {micro_batch} x {accelerator.num_processes} processes x "
-        f"{accumulation} micro-batches, {device.type}, precision {accelerator.mixed_precision}\n"
+        f"{accumulation} micro-batches, {device.type}, precision {accelerator.mixed_precision}"
+        f"{'; WARNING: no GPU that the YAML asks for can be used, so this trains on the CPU' * asked}\n"
         f"steps      {first_step} to {steps}: {steps * config.global_batch_size / len(train_samples):.1f} epochs in all"
     )
 

@@ -225,6 +225,20 @@ def test_global_batch_that_cannot_be_split_is_refused_by_every_process_in_one_li
     assert not (tmp_path / "run").exists()
 
 
+def test_several_processes_of_a_configuration_for_one_are_refused(flags, tmp_path):
+    config = ["--config_file", ROOT / "accelerate_configs/cpu.yaml", "--num_processes", 2]
+    done = command(*LAUNCH, *config, "train.py", *flags, "--run_dir", tmp_path / "run")
+    assert "error: several processes were asked for" in done.stderr
+    assert not steps(tmp_path / "run")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(("use_cpu", "said"), [("true", False), ("false", True)])
+def test_training_on_the_cpu_for_lack_of_a_gpu_is_said(use_cpu, said, flags, tmp_path):
+    (child,) = train(*flags, "--steps", 1, "--run_dir", tmp_path / "run", env={"ACCELERATE_USE_CPU": use_cpu})
+    assert ("so this trains on the CPU" in child.ok().stderr) == said
+
+
 @pytest.mark.parametrize("ranks", [{1}, {0, 1}], ids=["one", "all"])
 def test_error_is_told_once_by_the_process_that_meets_it(ranks, flags, tmp_path):
     def batch(self, positions, images=None, original=Samples.batch):

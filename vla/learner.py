@@ -1,6 +1,7 @@
 """What learns, as the processes share it: the policy, its optimizer and its average, prepared by accelerate."""
 
 import math
+import os
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -23,6 +24,12 @@ def accelerate(config: TrainConfig, accumulation: int, world_size: int) -> Accel
 
     It does not get the loader, whose order is arithmetic (vla/data/stream.py), nor the schedule (vla/optim.py).
     """
+    # What accelerate launch sets for several processes, and for one alone that it starts.
+    if {"MASTER_ADDR", "ACCELERATE_DYNAMO_USE_FULLGRAPH"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ:
+        raise InputError(
+            "several processes were asked for (--num_processes, or MASTER_ADDR is set), but this is one alone, as the "
+            "YAML is for one; take another YAML, or leave that out"
+        )
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
     # Collectives wait longer than the watchdog, which knows whether the others hang or work (vla/guard.py).
     hang = config.guard.hang_seconds
