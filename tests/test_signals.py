@@ -41,7 +41,7 @@ from vla.model import VLAPolicy
 from vla.saver import Saver
 from vla.sim.tabletop import Tabletop
 
-TERM, INT, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
+TERM, INT, USR1, HUP = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP
 
 
 # ---- Signals.
@@ -49,7 +49,7 @@ TERM, INT, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
 
 @pytest.mark.parametrize(
     ("number", "processes", "ranks", "workers"),
-    [(TERM, 1, [0], 2), (INT, 1, [0], 0), (USR1, 1, [0], 0), (TERM, 2, [0, 1], 2), (INT, 2, [0], 0), (USR1, 2, [1], 0)],
+    [(TERM, 1, [0], 2), (INT, 1, [0], 0), (HUP, 1, [0], 2), (TERM, 2, [0, 1], 2), (INT, 2, [0], 0), (USR1, 2, [1], 0)],
 )
 def test_signalled_run_saves_and_goes_on_bit_for_bit(number, processes, ranks, workers, uninterrupted, flags, tmp_path):
     run = tmp_path / "run"
@@ -145,10 +145,11 @@ def test_signal_before_there_is_anything_to_save_ends_the_process_at_once(flags,
     assert (tmp_path / "run/REQUEUE").read_text() == "stopped at once by SIGTERM\n"
 
 
-def test_second_signal_ends_even_a_process_that_waits_for_another_at_once(flags, tmp_path):
+@pytest.mark.parametrize(("first", "second"), [(TERM, TERM), (USR1, INT), (INT, INT)])
+def test_second_signal_ends_even_a_process_that_waits_for_another_at_once(first, second, flags, tmp_path):
     def hook(found):
         def signals():
-            for number, pause in ((INT, 0.1), (INT, guard.COPIES + 0.5), (TERM, 30)):
+            for number, pause in ((first, 0.1), (first, guard.COPIES + 0.5), (second, 30)):
                 os.kill(os.getpid(), number)
                 time.sleep(pause)
 
@@ -161,10 +162,35 @@ def test_second_signal_ends_even_a_process_that_waits_for_another_at_once(flags,
 
     run = tmp_path / "run"
     children = train(*flags, "--run_dir", run, before=hook, processes=2)
-    assert [child.code for child in children] == [128 + TERM] * 2, children[0].stderr
-    assert (run / "REQUEUE").read_text() == "stopped at once by SIGTERM\n"
+    assert [child.code for child in children] == [128 + second] * 2, children[0].stderr
+    assert (run / "REQUEUE").read_text() == f"stopped at once by {second.name}\n"
     assert steps(run)[-1] == 7  # the best so far
     checkpoint.verify(last(run))
+
+
+def test_another_signal_does_not_end_the_save_that_the_first_has_asked_for(flags, tmp_path):
+    def hook(found):
+        def commit(*arguments, original=checkpoint.commit):
+            os.kill(os.getpid(), TERM)
+            time.sleep(1)
+            return original(*arguments)
+
+        def signalled():
+            checkpoint.commit = commit
+            send(USR1)
+
+        at_step(3, signalled)(found)
+
+    assert_stopped(tmp_path / "run", train(*flags, "--run_dir", tmp_path / "run", before=hook), 3)
+
+
+def test_signal_that_nohup_ignores_ends_nothing(flags, tmp_path):
+    def hook(found):
+        signal.signal(HUP, signal.SIG_IGN)
+        at_step(3, lambda: os.kill(os.getpid(), HUP))(found)
+
+    train(*flags, "--run_dir", tmp_path / "run", before=hook)[0].ok()
+    assert steps(tmp_path / "run")[-1] == 16
 
 
 @pytest.mark.parametrize(

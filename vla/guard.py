@@ -27,13 +27,15 @@ from torch.distributed import distributed_c10d as distributed
 from vla.config import GuardConfig
 
 SPIKE_WEIGHT = 0.02  # of the newest loss in the running average that a spike is measured by
-NUMBERS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
+NUMBERS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP
 PATIENCE = 5.0  # seconds, with processes that do not answer
 COPIES = 1.0  # seconds within which a second signal is taken for a copy of the first: launchers send their own
 
 
 class Signals:
-    """SIGTERM, SIGINT and SIGUSR1: once, save and stop; a second time, stop now.
+    """SIGTERM, SIGINT, SIGUSR1 and SIGHUP: once, save and stop; the same or SIGINT a second time, stop now.
+
+    Another one is no reason to hurry: a scheduler that has warned by one ends its job by the next.
 
     Where a signal ended a run that had more to do there is a file RUN/REQUEUE, which a scheduler's script can test.
     """
@@ -41,7 +43,7 @@ class Signals:
     def __init__(self, run_dir: Path):
         self.marker = run_dir / "REQUEUE"
         self.marker.unlink(missing_ok=True)
-        self.received, self.when = "", 0.0
+        self.received, self.when = "", {}  # the first, and when each came
         self.saves = False  # until there is something to save a signal stops at once
         # A launcher that is killed forwards nothing, and its processes would go on for ever. Both variables are set by
         # launchers (accelerate's, torchrun) and by nobody else.
@@ -54,12 +56,14 @@ class Signals:
         signal.set_wakeup_fd(told)
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
         for number in NUMBERS:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # by nohup
             signal.signal(number, lambda number, frame: None)
 
     def __bool__(self) -> bool:
         """This process is to save and stop."""
         if not self.received and self.launcher not in (None, os.getppid()):
-            self.received, self.when = "the end of its launcher", time.monotonic()
+            self.received = "the end of its launcher"
         return bool(self.received)
 
     def mark(self, text: str) -> None:
@@ -73,14 +77,18 @@ class Signals:
                 self._receive(number)
 
     def _receive(self, number: int) -> None:
-        name, again = signal.Signals(number).name, bool(self.received)
-        if again and time.monotonic() - self.when < COPIES:
+        name, now = signal.Signals(number).name, time.monotonic()
+        latest = self.when.get(name) if number != signal.SIGINT else max(self.when.values(), default=None)
+        if latest is not None and now - latest < COPIES:
             return
-        if again or not self.saves:
+        if latest is not None or not self.saves:
             self.mark(f"stopped at once by {name}")
             os.write(2, f"\nstopped at once by {name}; checkpoints that were committed are intact\n".encode())
             os._exit(128 + number)
-        self.received, self.when = name, time.monotonic()
+        self.when[name] = now
+        if self.received:
+            return
+        self.received = name
         if int(os.environ.get("RANK", 0)) == 0:
             os.write(2, f"\n{name}: will save and stop; send it again to stop at once, without saving\n".encode())
 

@@ -138,7 +138,7 @@ def _ignore_signals(worker: int) -> None:
     # Schedulers signal the whole process group; workers must outlive the save that the main process makes of it.
     import signal
 
-    for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(name, signal.SIG_IGN)
 
 
