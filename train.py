@@ -139,6 +139,10 @@ def main(config: TrainConfig) -> None:
         f"steps      {first_step} to {steps}: {steps * config.global_batch_size / len(train_samples):.1f} epochs in all"
     )
 
+    if later := [str(other) for other in checkpoint.all_steps(checkpoints) if other > first_step]:
+        log.say(
+            f"warning: this goes back to before the steps {', '.join(later)}; the next saves delete or replace these"
+        )
     if config.optim.warmup_steps >= steps:
         log.say(
             f"warning: the warm-up (--optim.warmup_steps {config.optim.warmup_steps}) is not over when the run ends"
