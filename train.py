@@ -90,10 +90,11 @@ def main(config: TrainConfig) -> None:
 
     # ---- Resume: one integer places the data, the learning rate and the logs.
     unjudged = {"best": None, "best_step": None, "evaluations_since_best": 0, "evaluated": None}
-    metric = config.eval.metric if len(val_samples) or config.eval.env else None  # nothing is evaluated
+    metric = config.eval.metric if len(val_samples) or config.eval.env else None  # None: nothing is evaluated
     acted = [config.eval.env, config.eval.dataset, config.eval.episodes]
-    judged_on = acted if metric == "success" else [min(config.eval.samples, len(val_samples))]
-    unjudged |= {"metric": metric, "judged_on": judged_on, "score": None}
+    measure = {"metric": metric}
+    measure["judged_on"] = acted if metric == "success" else [min(config.eval.samples, len(val_samples))]
+    unjudged |= measure | {"score": None}
     state = unjudged | {"step": 0, "seconds": 0.0, "rollbacks": 0, "left_out": []}
     state |= {"skipped_updates": 0, "bad_in_a_row": 0, "loss_average": 0.0}
     state |= {"data": digests, "base": policy.config.base, "precision": accelerator.mixed_precision}
@@ -105,10 +106,7 @@ def main(config: TrainConfig) -> None:
         saved, path = restore(learner, resume_from, checkpoints, passed_over)
         if not (path / f"random_states_{rank}.pkl").exists():
             seed_apart(saved["step"])
-        if (saved["metric"], saved.get("judged_on")) != (
-            metric,
-            judged_on,
-        ):  # the best by another measure tells nothing
+        if any(saved.get(name) != value for name, value in measure.items()):  # what was best by another tells nothing
             saved |= unjudged
         return saved, path
 
@@ -128,25 +126,21 @@ def main(config: TrainConfig) -> None:
     learner.sort_buckets()
 
     log = RunLog(accelerator, config, first_step, steps, evaluated=state["evaluated"] == first_step)
-    asked = device.type == "cpu" and os.environ.get("ACCELERATE_USE_CPU", "true").lower() == "false"
+    no_gpu = device.type == "cpu" and os.environ.get("ACCELERATE_USE_CPU", "true").lower() == "false"
     log.say(
         f"{summary(train_samples, val_samples)}\n"
         f"policy     {config.model.head} head, {sum(p.numel() for p in learner.trained if p.requires_grad):,} of "
         f"{sum(p.numel() for p in policy.parameters()):,} parameters trained; {origin}\n"
         f"batch      {config.global_batch_size} = {micro_batch} x {accelerator.num_processes} processes x "
         f"{accumulation} micro-batches, {device.type}, precision {accelerator.mixed_precision}"
-        f"{'; WARNING: no GPU that the YAML asks for can be used, so this trains on the CPU' * asked}\n"
+        f"{'; WARNING: the YAML asks for a GPU, and none can be used, so this trains on the CPU' * no_gpu}\n"
         f"steps      {first_step} to {steps}: {steps * config.global_batch_size / len(train_samples):.1f} epochs in all"
     )
 
     if later := [str(other) for other in checkpoint.all_steps(checkpoints) if other > first_step]:
-        log.say(
-            f"warning: this goes back to before the steps {', '.join(later)}; the next saves delete or replace these"
-        )
+        log.say(f"warning: this goes back to before steps {', '.join(later)}; the next saves delete or replace these")
     if config.optim.warmup_steps >= steps:
-        log.say(
-            f"warning: the warm-up (--optim.warmup_steps {config.optim.warmup_steps}) is not over when the run ends"
-        )
+        log.say(f"warning: the warm-up (--optim.warmup_steps {config.optim.warmup_steps}) takes the whole run")
 
     guard = Guard(accelerator, config.guard, signals, log.say, train_samples.describe)
     guard.load(state)

@@ -148,7 +148,7 @@ def test_going_back_to_an_older_checkpoint_abandons_the_newer_ones(flags, tmp_pa
     assert steps(run) == [4, 8, 12, 16]
     (killed,) = train("--resume_from", run / "checkpoints/step_00000004", "--steps", 15, before=die_at(10))
     assert killed.code == -signal.SIGKILL
-    assert "warning: this goes back to before the steps 8, 12, 16; the next saves delete" in killed.stderr
+    assert "warning: this goes back to before steps 8, 12, 16; the next saves delete" in killed.stderr
     (resumed,) = train("--resume_from", run)
     assert f"resumed from {run}/checkpoints/step_00000008" in resumed.ok().stderr
     assert "goes back" not in resumed.stderr
