@@ -171,8 +171,9 @@ def test_second_signal_ends_even_a_process_that_waits_for_another_at_once(first,
 def test_another_signal_does_not_end_the_save_that_the_first_has_asked_for(flags, tmp_path):
     def hook(found):
         def commit(*arguments, original=checkpoint.commit):
+            time.sleep(guard.COPIES + 0.2)
             os.kill(os.getpid(), TERM)
-            time.sleep(1)
+            time.sleep(0.3)
             return original(*arguments)
 
         def signalled():
