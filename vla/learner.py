@@ -33,7 +33,7 @@ def accelerate(config: TrainConfig, accumulation: int, world_size: int) -> Accel
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
     # Collectives wait longer than the watchdog, which knows whether the others hang or work (vla/guard.py).
     hang = config.guard.hang_seconds
-    patience = InitProcessGroupKwargs(timeout=timedelta(hours=1, seconds=20 * hang) if hang else timedelta(days=7))
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=1, seconds=2 * hang) if hang else timedelta(days=7))
     folder, handlers = Path(config.run_dir), [ddp, patience]
     accelerator = Accelerator(gradient_accumulation_steps=accumulation, project_dir=folder, kwargs_handlers=handlers)
     if accelerator.gradient_accumulation_steps != accumulation:
