@@ -7,12 +7,12 @@
 The YAML says where it runs (machines, processes, precision), the flags say what is trained. See --help.
 """
 
-import contextlib
 import math
 import os
 import sys
 import time
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 from vla import InputError, NotSaved, options, tell
@@ -25,13 +25,14 @@ def main(config: TrainConfig) -> None:
     import torch
     from accelerate.utils import set_seed
 
-    from vla import checkpoint, evaluate, rollout, shards
+    from vla import checkpoint, rollout, shards
     from vla.data.augment import augment
     from vla.data.loader import loader
     from vla.data.mixture import open_datasets
     from vla.data.stream import Samples, split, summary, training_positions
     from vla.export import deliver, init_from
     from vla.guard import Guard, Signals
+    from vla.judge import Judge
     from vla.learner import Learner, accelerate
     from vla.log import RunLog
     from vla.model import DatasetSpec, PolicyConfig, VLAPolicy
@@ -80,22 +81,16 @@ def main(config: TrainConfig) -> None:
         origin = init_from(policy, Path(config.init_from))
     if config.eval.env:
         policy.drive(rollout.check_fits(policy.config, config.eval.env, config.eval.dataset))
-        drawn = data.datasets[policy.config.place(policy.driven.name)].largest_side
 
     # ---- What learns, on all processes.
     accelerator = accelerate(config, accumulation, world_size)
     device, main_process = accelerator.device, accelerator.is_main_process
     learner = Learner(accelerator, policy, config, example=lambda: train_samples.batch(range(micro_batch)))
     ema = learner.ema
+    judge = Judge(accelerator, policy, ema, val_samples, config.eval, micro_batch)
 
     # ---- Resume: one integer places the data, the learning rate and the logs.
-    unjudged = {"best": None, "best_step": None, "evaluations_since_best": 0, "evaluated": None}
-    metric = config.eval.metric if len(val_samples) or config.eval.env else None  # None: nothing is evaluated
-    acted = [config.eval.env, config.eval.dataset, config.eval.episodes]
-    measure = {"metric": metric}
-    measure["judged_on"] = acted if metric == "success" else [min(config.eval.samples, len(val_samples))]
-    unjudged |= measure | {"score": None}
-    state = unjudged | {"step": 0, "seconds": 0.0, "rollbacks": 0, "left_out": []}
+    state = judge.unjudged | {"step": 0, "seconds": 0.0, "rollbacks": 0, "left_out": []}
     state |= {"skipped_updates": 0, "bad_in_a_row": 0, "loss_average": 0.0}
     state |= {"data": digests, "base": policy.config.base, "precision": accelerator.mixed_precision}
 
@@ -106,9 +101,7 @@ def main(config: TrainConfig) -> None:
         saved, path = restore(learner, resume_from, checkpoints, passed_over)
         if not (path / f"random_states_{rank}.pkl").exists():
             seed_apart(saved["step"])
-        if any(saved.get(name) != value for name, value in measure.items()):  # what was best by another tells nothing
-            saved |= unjudged
-        return saved, path
+        return judge.adopt(saved), path
 
     if resuming:
         saved, found = restored(config.resume_from)
@@ -148,38 +141,6 @@ def main(config: TrainConfig) -> None:
         *(accelerator, checkpoints, policy, learner.optimizer, ema, config.checkpoint),
         alive=lambda: guard.go_on("waiting for a checkpoint to be written"),
     )
-
-    def evaluated() -> bool:
-        """Evaluate, log, keep the score; true if it is the best so far. All processes agree: values are reduced."""
-        values, go_on = {}, lambda: guard.go_on(f"evaluating at step {step}")
-        with ema.applied() if ema else contextlib.nullcontext():
-            if len(val_samples):
-                values = evaluate.held_out(accelerator, policy, val_samples, config.eval.samples, micro_batch, go_on)
-            if config.eval.env and values is not None:
-                success, recorded = evaluate.closed_loop(
-                    accelerator, policy, config.eval.env, config.eval.episodes, drawn, go_on=go_on
-                )
-                values = None if success is None else values | success
-        if values is None:  # a signal came; the resumed run begins with this evaluation
-            guard.stopping = True
-            return False
-        if metric is None:
-            state["evaluated"] = step
-            return False
-        if config.eval.env and main_process:
-            log.video(step, "rollout", rollout.grid(recorded), rollout.film_fps(policy.driven.fps))
-        log.metrics(step, values)
-        value, sign = values[f"eval/{metric}"], -1 if metric == "success" else 1
-        state.update(evaluated=step, score=sign * value if math.isfinite(value) else None)
-        better = state["best"] is None or sign * value < sign * state["best"] - config.eval.min_delta
-        if better and math.isfinite(value):
-            state.update(best=value, best_step=step, evaluations_since_best=0)
-            return True
-        state["evaluations_since_best"] += 1
-        return False
-
-    def out_of_patience() -> bool:
-        return 0 < config.eval.patience <= state["evaluations_since_best"]
 
     def batches_from(step: int):
         place = (micro_batch, accelerator.process_index, accelerator.num_processes, state["left_out"])
@@ -222,8 +183,10 @@ def main(config: TrainConfig) -> None:
             log.go_back(step, evaluated=state["evaluated"] == step)
             batches = batches_from(step)
             continue
-        improved = evaluating and not guard.stopping and evaluated()
-        ending = step == steps or guard.stopping or out_of_patience()
+        go_on = partial(guard.go_on, f"evaluating at step {step}")
+        improved = evaluating and not guard.stopping and judge.evaluate(state, step, log, go_on)
+        guard.stopping |= improved is None  # a signal came; the resumed run begins with this evaluation
+        ending = step == steps or guard.stopping or judge.out_of_patience(state)
         # A signal may have ended the run here, before the evaluation: then that is saved beside what was.
         if improved or saving or (evaluating if step == saved_step else ending):
             guard.go_on(f"saving step {step}")
@@ -284,16 +247,16 @@ def main(config: TrainConfig) -> None:
     log.saves(step, *saver.report())
 
     # ---- The end: the best weights as one folder, and the result; or a mark that there is more to do.
-    if out_of_patience():
-        log.say(f"stopped at step {step}: eval/{metric} got no better in {config.eval.patience} evaluations")
+    if judge.out_of_patience(state):
+        log.say(f"stopped at step {step}: eval/{judge.metric} got no better in {config.eval.patience} evaluations")
     elif state["evaluated"] != steps:
         why = signals.received or "a signal to another process"
         log.say(f"stopped at step {step} of {steps} by {why}; go on with --resume_from {run_dir}")
         if main_process:
             signals.mark(f"stopped at step {step} of {steps}")
-    if out_of_patience() or state["evaluated"] == steps:
-        if metric and state["best_step"] is None:
-            raise FloatingPointError(f"eval/{metric} was never finite, so there is nothing good to export")
+    if judge.out_of_patience(state) or state["evaluated"] == steps:
+        if judge.metric and state["best_step"] is None:
+            raise FloatingPointError(f"eval/{judge.metric} was never finite, so there is nothing good to export")
 
         def finish() -> None:
             log.say(deliver(config, state, checkpoints, [spec.name for spec in specs]))
