@@ -134,7 +134,7 @@ def test_what_holds_no_weights_is_refused(tmp_path):
     for name, told in {
         "nothing": "is neither an export folder nor a file of weights",
         "empty": "is neither an export folder nor a file of weights",
-        "run": "is neither .* weights: give .*/run/export or .*/run/best",
+        "run": "is neither .* weights: give .*/run/export or a checkpoint of it",
         "text.pt": "cannot be read as weights alone",
         "text.safetensors": "cannot be read as weights alone",
         "list.pt": "holds no state_dict",

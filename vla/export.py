@@ -88,7 +88,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """
     file = path / "model.safetensors" if path.is_dir() else path
     if not file.is_file():
-        cure = f": give {path / 'export'} or {path / 'best'}" if (path / "checkpoints").is_dir() else ""
+        cure = f": give {path / 'export'} or a checkpoint of it" if (path / "checkpoints").is_dir() else ""
         raise InputError(f"--init_from {path} is neither an export folder nor a file of weights{cure}")
     try:
         if file.suffix == ".safetensors":

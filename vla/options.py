@@ -174,7 +174,7 @@ def check_policy(name: str | Path) -> None:
     """Raises InputError for what is neither a folder with a policy nor may be one's name on the Hugging Face hub."""
     path = Path(name)
     if (path / "checkpoints").is_dir():
-        raise InputError(f"{path} is a run, expected a policy; give {path / 'export'}, or {path / 'best'}")
+        raise InputError(f"{path} is a run, expected a policy; give {path / 'export'}, or a checkpoint of it")
     here = path.exists() or path.parent.is_dir() or str(path).count("/") != 1
     if here and not (path / "config.json").is_file():
         raise InputError(f"{path} is no folder with a config.json; give an export, such as runs/NAME/export")

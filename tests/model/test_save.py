@@ -91,7 +91,7 @@ def test_weights_without_statistics_are_refused(tmp_path, name):
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("run", "run is a run, expected a policy; give .*run/export, or .*run/best"),
+        ("run", "run is a run, expected a policy; give .*run/export, or a checkpoint of it"),
         ("empty", "empty is no folder with a config.json; give an export"),
         ("nowhere/export", "nowhere/export is no folder with a config.json"),
         ("./nowhere", "nowhere is no folder with a config.json"),
