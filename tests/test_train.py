@@ -23,6 +23,7 @@ from training import (
     result,
     run_module,
     series,
+    steps,
     train,
     weights,
 )
@@ -281,14 +282,16 @@ def test_epochs_are_steps_over_the_training_frames(epochs, expected, flags, tmp_
 
 
 def test_run_on_all_episodes_evaluates_nothing_and_exports_its_last_checkpoint(flags, tmp_path):
-    run, own = tmp_path / "run", ("--data.val_fraction", 0, "--run_dir", tmp_path / "run")
-    train(*flags, *own, before=die_at(12))
+    run, own = tmp_path / "run", ("--data.val_fraction", 0, "--checkpoint.keep", 9, "--optim.warmup_steps", 16)
+    train(*flags, *own, "--run_dir", run, before=die_at(12))
     assert "resumed from" in (resumed := train("--resume_from", run)[0].ok().stderr)
+    assert "warning: the warm-up (--optim.warmup_steps 16) takes the whole run" in resumed
     assert f"done: the last of 16 steps of 12 samples was step 16; it is exported to {run}/export" in resumed
     assert not any(name.startswith("eval/") for line in metrics(run) for name in line)
     assert (result(run)["best"], result(run)["best_step"], result(run)["metric"]) == (None, 16, None)
-    train(*flags, *own[:2], "--run_dir", tmp_path / "whole")[0].ok()
+    train(*flags, *own, "--run_dir", tmp_path / "whole")[0].ok()
     assert_equal(run, tmp_path / "whole")
+    assert steps(run) == [5, 10, 15, 16]  # none for an evaluation
     run_module("vla.export", run, "--out", tmp_path / "again")[0].ok()
     assert (tmp_path / "again/model.safetensors").read_bytes() == (run / "export/model.safetensors").read_bytes()
 

@@ -230,8 +230,10 @@ def open_frames(
         files = layout.videos.get(camera, layout.data)
         first = index.first_row if files is layout.data else files.start
         made_from = [VERSION, camera, size, left_out, layout.fps, layout.features[camera], layout.stamp(files.paths)]
-        made_from += [array.tolist() for array in (layout.episodes, layout.lengths, files.of, first)]
-        done[camera] = folder / f"frames-{hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]}"
+        key = hashlib.sha256(json.dumps(made_from).encode())
+        for array in (layout.episodes, layout.lengths, files.of, first):
+            key.update(array.tobytes())
+        done[camera] = folder / f"frames-{key.hexdigest()[:16]}"
     missing = [camera for camera in cameras if not done[camera].exists()]
     for camera, cached in done.items():
         # Room for all that follow, too: the last should not be refused when hours were spent on the first.
