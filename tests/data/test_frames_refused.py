@@ -114,9 +114,9 @@ def test_cache_that_was_cut_short_or_deleted_is_told_with_its_file(left, root):
     data = LeRobotDataset(root, cameras=("table",))
     (file,) = (root / ".vla_cache").glob("frames-*/frames.npy")
     file.unlink() if left is None else os.truncate(file, left)
-    for one in (data, LeRobotDataset(root, cameras=("table",))):
+    for use in (lambda: data.images(np.array([18])), lambda: LeRobotDataset(root, cameras=("table",))):
         with pytest.raises(InputError, match=rf"{file} is damaged \(.*\): delete its folder, it is made again"):
-            one.images(np.array([18]))
+            use()
 
 
 @pytest.mark.parametrize("codec", ["png", "h264"])

@@ -4,6 +4,7 @@ Decoding a picture takes over ten times as long as reading its pixels, and train
 Dimensions: E episodes, F frames of the data set, B batch, h and w of a picture in training, H and W in the data set.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -169,10 +170,14 @@ class _Parquet:
 
 
 class Stored:
-    """Decoded pictures in a .npy file, or in memory: uint8 [F, 3, h, w]."""
+    """Decoded pictures in a .npy file, or in memory: uint8 [F, 3, h, w]. Raises InputError if the file is damaged."""
 
     def __init__(self, source: Path | np.ndarray):
         self.source = source
+        if not isinstance(source, np.ndarray):
+            with self._whole():
+                pictures = np.load(source, mmap_mode="r")
+            self.header, self.size = pictures.offset, math.prod(pictures.shape[1:])  # in bytes, the size of a picture
 
     def read(self, frames: np.ndarray, out: np.ndarray, rows: np.ndarray) -> None:
         """Frame i goes to out[rows[i]]. frames, rows: int64 [B], out: uint8 [≥ B, 3, h, w]."""
@@ -181,15 +186,16 @@ class Stored:
                 out[row] = self.source[frame]
             return
         # Not through the map: that is slower by half, and its pages would count as this process's memory.
+        with self._whole(), open(self.source, "rb") as file:
+            for row, frame in zip(rows.tolist(), frames.tolist(), strict=True):
+                if os.preadv(file.fileno(), [out[row]], self.header + frame * self.size) < self.size:
+                    raise ValueError(f"it ends before frame {frame}")
+
+    @contextlib.contextmanager
+    def _whole(self):
         try:
-            with open(self.source, "rb") as file:
-                np.lib.format.read_magic(file)
-                (_, *shape), _, _ = np.lib.format.read_array_header_1_0(file)
-                header, size = file.tell(), math.prod(shape)
-                for row, frame in zip(rows.tolist(), frames.tolist(), strict=True):
-                    if os.preadv(file.fileno(), [out[row]], header + frame * size) < size:
-                        raise ValueError(f"it ends before frame {frame}")
-        except (FileNotFoundError, ValueError) as error:
+            yield
+        except (FileNotFoundError, EOFError, ValueError) as error:
             raise InputError(f"{self.source} is damaged ({error}): delete its folder, it is made again") from error
 
 

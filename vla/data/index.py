@@ -7,6 +7,7 @@ Dimensions: E episodes, F frames, P state, A action, R rows of a batch, D number
 
 import hashlib
 import json
+import mmap
 import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -66,22 +67,32 @@ class Index:
             for file, text, episodes, kind in content["faults"]
         ]
         self.first_row = np.load(self._folder / "first_row.npy")
+        self._places = {}  # in their files, whose headers take longer to read than a batch's rows
+        for name in ("state", "actions", "task_index"):
+            array = np.load(self._folder / f"{name}.npy", mmap_mode="r")
+            self._places[name] = array.dtype, array.offset, array.shape
 
-    # Mapped anew at each use: a worker inherits a path, forked or spawned, and holds no pages for longer.
     @property
     def state(self) -> np.ndarray:
         """float32 [F, P]."""
-        return np.load(self._folder / "state.npy", mmap_mode="r")
+        return self._mapped("state")
 
     @property
     def actions(self) -> np.ndarray:
         """float32 [F, A]."""
-        return np.load(self._folder / "actions.npy", mmap_mode="r")
+        return self._mapped("actions")
 
     @property
     def task_index(self) -> np.ndarray:
         """int32 [F]."""
-        return np.load(self._folder / "task_index.npy", mmap_mode="r")
+        return self._mapped("task_index")
+
+    def _mapped(self, name: str) -> np.ndarray:
+        # Anew at each use: a worker inherits a path, forked or spawned, and holds no pages for longer.
+        dtype, offset, shape = self._places[name]
+        with open(self._folder / f"{name}.npy", "rb") as file:
+            whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return np.frombuffer(whole, dtype, offset=offset).reshape(shape)
 
 
 def _videos(layout: Layout, key: str) -> Files:
