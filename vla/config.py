@@ -272,7 +272,7 @@ class TrainConfig:
     init_from: str = ""
     # Seed of everything random.
     seed: int = 0
-    # Use deterministic algorithms only.
+    # Use deterministic algorithms only: on GPUs two runs, or a run and its resumption, are else the same to rounding.
     deterministic: bool = False
     # Compile the policy with torch.compile.
     compile: bool = False
