@@ -64,7 +64,7 @@ def permute(index: Tensor, size: int, key: Tensor) -> Tensor:
     """Shuffle: the place of each index in a pseudorandom permutation of range(size), one permutation for each key.
 
     A Feistel network over the next power of four, walked until the result lies in range (Black and Rogaway, 2002),
-    so that no permutation is ever stored. index: int64 [B] in [0, size), key: int64 [B] -> int64 [B].
+    so that no permutation is ever stored. index: int64 [B] in [0, size), key: int64 [B], both on the CPU -> int64 [B].
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1

@@ -119,6 +119,19 @@ def test_cache_that_was_cut_short_or_deleted_is_told_with_its_file(left, root):
             use()
 
 
+@pytest.mark.parametrize("name", ["state.npy", "task_index.npy", "first_row.npy", "index.json"])
+@pytest.mark.parametrize("left", [0, 50, 130, None])
+def test_index_that_was_cut_short_or_deleted_is_told_with_its_file(name, left, root):
+    data = LeRobotDataset(root, cameras=("table",))
+    (file,) = (root / ".vla_cache").glob(f"index-*/{name}")
+    file.unlink() if left is None else os.truncate(file, left)
+    uses = [lambda: LeRobotDataset(root, cameras=("table",))]
+    uses += [lambda: data.state[18]] if name == "state.npy" else []
+    for use in uses:
+        with pytest.raises(InputError, match=rf"{file} is damaged \(.*\): delete its folder, it is made again"):
+            use()
+
+
 @pytest.mark.parametrize("codec", ["png", "h264"])
 def test_files_that_are_open_at_once_are_bounded(codec, tmp_path, monkeypatch):
     monkeypatch.setattr(frames, "OPEN_FILES", 4)

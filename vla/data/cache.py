@@ -84,6 +84,22 @@ def allocate(path: Path, dtype: type, shape: tuple[int, ...]) -> np.memmap:
     return array
 
 
+@contextlib.contextmanager
+def whole(file: Path):
+    """Inside, this file of a cache is read. Raises InputError if it is damaged or gone."""
+    try:
+        yield file
+    except (FileNotFoundError, EOFError, ValueError) as error:
+        raise InputError(f"{file} is damaged ({error}): delete its folder, it is made again") from error
+
+
+def place(file: Path) -> tuple[np.dtype, int, tuple[int, ...]]:
+    """How an array lies in its .npy file: dtype, where it begins in bytes, shape. Raises InputError as `whole`."""
+    with whole(file):
+        array = np.load(file, mmap_mode="r")
+    return array.dtype, array.offset, array.shape
+
+
 def size_of(count: int) -> str:
     """Bytes for people."""
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

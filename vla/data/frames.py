@@ -4,7 +4,6 @@ Decoding a picture takes over ten times as long as reading its pixels, and train
 Dimensions: E episodes, F frames of the data set, B batch, h and w of a picture in training, H and W in the data set.
 """
 
-import contextlib
 import hashlib
 import io
 import json
@@ -25,7 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from vla import InputError
-from vla.data.cache import allocate, built, size_of
+from vla.data.cache import allocate, built, place, size_of, whole
 from vla.data.faults import Fault
 from vla.data.index import Index
 from vla.data.layout import Layout
@@ -175,9 +174,8 @@ class Stored:
     def __init__(self, source: Path | np.ndarray):
         self.source = source
         if not isinstance(source, np.ndarray):
-            with self._whole():
-                pictures = np.load(source, mmap_mode="r")
-            self.header, self.size = pictures.offset, math.prod(pictures.shape[1:])  # in bytes, the size of a picture
+            _, self.header, (_, *shape) = place(source)
+            self.size = math.prod(shape)  # of a picture, in bytes
 
     def read(self, frames: np.ndarray, out: np.ndarray, rows: np.ndarray) -> None:
         """Frame i goes to out[rows[i]]. frames, rows: int64 [B], out: uint8 [≥ B, 3, h, w]."""
@@ -186,17 +184,10 @@ class Stored:
                 out[row] = self.source[frame]
             return
         # Not through the map: that is slower by half, and its pages would count as this process's memory.
-        with self._whole(), open(self.source, "rb") as file:
+        with whole(self.source) as path, open(path, "rb") as file:
             for row, frame in zip(rows.tolist(), frames.tolist(), strict=True):
                 if os.preadv(file.fileno(), [out[row]], self.header + frame * self.size) < self.size:
                     raise ValueError(f"it ends before frame {frame}")
-
-    @contextlib.contextmanager
-    def _whole(self):
-        try:
-            yield
-        except (FileNotFoundError, EOFError, ValueError) as error:
-            raise InputError(f"{self.source} is damaged ({error}): delete its folder, it is made again") from error
 
 
 def open_frames(

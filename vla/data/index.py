@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from vla import InputError
-from vla.data.cache import allocate, built
+from vla.data.cache import allocate, built, place, whole
 from vla.data.faults import Fault
 from vla.data.layout import Files, Layout
 from vla.data.selection import Selection
@@ -60,17 +60,17 @@ class Index:
             bytes_needed=self.num_frames * 4 * (len(selection.state_names) + len(selection.action_names) + 1),
             what=f"numbers of {layout.root}",
         )
-        content = json.loads((self._folder / "index.json").read_text())
+        with whole(self._folder / "index.json") as file:
+            content = json.loads(file.read_text())
         self.digest = content["digest"]
         self.faults = [
             Fault(file, text, episodes if episodes is None else tuple(episodes), kind)
             for file, text, episodes, kind in content["faults"]
         ]
-        self.first_row = np.load(self._folder / "first_row.npy")
-        self._places = {}  # in their files, whose headers take longer to read than a batch's rows
-        for name in ("state", "actions", "task_index"):
-            array = np.load(self._folder / f"{name}.npy", mmap_mode="r")
-            self._places[name] = array.dtype, array.offset, array.shape
+        with whole(self._folder / "first_row.npy") as file:
+            self.first_row = np.load(file)
+        # Their headers take longer to read than a batch's rows.
+        self._places = {name: place(self._folder / f"{name}.npy") for name in ("state", "actions", "task_index")}
 
     @property
     def state(self) -> np.ndarray:
@@ -90,9 +90,9 @@ class Index:
     def _mapped(self, name: str) -> np.ndarray:
         # Anew at each use: a worker inherits a path, forked or spawned, and holds no pages for longer.
         dtype, offset, shape = self._places[name]
-        with open(self._folder / f"{name}.npy", "rb") as file:
-            whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return np.frombuffer(whole, dtype, offset=offset).reshape(shape)
+        with whole(self._folder / f"{name}.npy") as path, open(path, "rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            return np.frombuffer(mapped, dtype, offset=offset).reshape(shape)
 
 
 def _videos(layout: Layout, key: str) -> Files:
