@@ -26,6 +26,7 @@ from vla.config import MODULES, LossConfig, OptimConfig
 from vla.data.stats import statistics
 from vla.images import resize_with_padding
 from vla.model import VLAPolicy
+from vla.model.backbone import Block
 from vla.optim import parameter_groups
 
 SUBSETS = [names for count in (1, 2) for names in itertools.combinations(MODULES, count)]  # never all
@@ -249,6 +250,19 @@ def test_noise_of_a_flow_comes_from_the_key_alone():
     assert torch.equal(policy.predict_chunk(batch), chunk)
     other = policy.predict_chunk(batch | {"key": batch["key"] + 1})
     assert ((other - chunk).abs() / span()).amax((1, 2)).min() > 1e-3
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_attention_by_one_matrix_predicts_the_same(head):
+    policy = tiny(**HEADS[head])
+    batch = random_batch(policy)
+    chunk = policy.predict_chunk(batch)
+    blocks = [part for part in policy.modules() if isinstance(part, Block)]
+    for attention in (block.attention for block in blocks):
+        attention.join(torch.float32)
+        nn.init.zeros_(attention.query.weight), nn.init.zeros_(attention.key_value.weight)  # no longer looked at
+    assert len(blocks) > 1
+    assert ((policy.predict_chunk(batch) - chunk).abs() / span()).max() < 1e-5
 
 
 # ---- Acting

@@ -29,6 +29,11 @@ class Attention(nn.Module):
         self.query_norm = nn.LayerNorm(width // heads)
         self.key_norm = nn.LayerNorm(width // heads, bias=False)  # the softmax would cancel a bias: it could not learn
         self.out = nn.Linear(width, width)
+        self.joined: Tensor | None = None
+
+    def join(self, dtype: torch.dtype) -> None:
+        """From now on x attends to itself by one matrix of this dtype, a launch less; later weights are not seen."""
+        self.joined = torch.cat([self.query.weight, self.key_value.weight]).detach().to(dtype)
 
     def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """[B, S, its width] -> both [B, heads, S, D / heads]."""
@@ -38,8 +43,13 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: Tensor | tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
         """x: [B, Q, D], context: [B, S, its width] or its keys and values, mask: bool, broadcast to [B, heads, Q, S],
         true where to look."""
-        q = self.query_norm(self.query(x).unflatten(-1, (self.heads, -1))).transpose(1, 2)  # [B, heads, Q, D / heads]
-        k, v = context if isinstance(context, tuple) else self.keys_values(context)
+        if self.joined is None:
+            q = self.query(x).unflatten(-1, (self.heads, -1))  # [B, Q, heads, D / heads]
+            k, v = context if isinstance(context, tuple) else self.keys_values(context)
+        else:
+            q, k, v = F.linear(x, self.joined).unflatten(-1, (3, self.heads, -1)).unbind(2)
+            k, v = self.key_norm(k).transpose(1, 2), v.transpose(1, 2)
+        q = self.query_norm(q).transpose(1, 2)  # [B, heads, Q, D / heads]
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out(attended.transpose(1, 2).flatten(2))  # [B, Q, D]
 

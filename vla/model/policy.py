@@ -338,11 +338,14 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
 
         self._rounded = True
         self.eval()
-        self.compile()
-        self.action_head.decoder.compile()  # as a whole: what stands between its layers is launched for each of them
+        launches = {"options": {"combo_kernels": True}}  # a single one for what can be worked out side by side
+        self.compile(**launches)
+        self.action_head.decoder.compile(**launches)  # as a whole: what is between its layers is launched for each
         for part in self.modules():  # what autocast would round again in each call
             if isinstance(part, (nn.Linear, nn.Conv1d, nn.Conv2d)):
                 part.to(dtype)
+            elif isinstance(part, backbone.Block):
+                part.attention.join(dtype)
         try:
             self._graph = Graph(predict, {name: value.to(device) for name, value in example.items()})
         except RuntimeError as failure:
