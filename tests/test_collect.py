@@ -1,5 +1,6 @@
 """Demonstrations: python -m vla.collect."""
 
+import errno
 import shutil
 
 import numpy as np
@@ -157,6 +158,22 @@ def test_noise_differs_between_the_tasks_of_a_scene_and_between_scenes():
 def test_options_of_collection_that_cannot_work_are_refused(tmp_path, name):
     with pytest.raises(InputError, match=f"--{name} is -1; expected at least 0"):
         collected(tmp_path / "set", **{name: -1})
+
+
+def test_images_too_small_to_draw_are_refused(tmp_path):
+    with pytest.raises(InputError, match="image_size is 16; expected at least 17 pixels"):
+        collected(tmp_path / "set", image_size=16)
+    collected(tmp_path / "set", image_size=17, episodes=1, workers=0)
+
+
+def test_full_disk_is_told_in_one_line_and_leaves_no_part_of_an_episode(tmp_path, monkeypatch):
+    def full(file, **arrays):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(InputError, match=r"0.npz cannot be written \(.*No space left.*: make room, or choose another"):
+        collected(tmp_path / "set", workers=0)
+    assert not list(tmp_path.rglob("*.npz"))
 
 
 def test_noise_that_the_expert_cannot_overcome_is_refused(tmp_path, monkeypatch):

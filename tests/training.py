@@ -158,6 +158,7 @@ def _child(function: Callable[[dict], None], sender, errors: Path, variables: di
     logging.getLogger().handlers.clear()  # pytest's
     AcceleratorState._reset_state(reset_partial_state=True)  # of other tests in the parent
     GradientState._reset_state()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup has the parent ignore
     gc.freeze()  # what the parent has made is none of this process's, see `the`
     faulthandler.dump_traceback_later(TIMEOUT - 5, file=sys.stderr)
     found, code = {}, 0

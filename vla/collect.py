@@ -97,15 +97,17 @@ def _kept(number: int, folder: Path, codec: str, env: str, image_size: int, **op
     path = folder / f"{number}.npz"
     if not path.exists():
         episode = demonstrate(env, number=number, image_size=image_size, **options)
+        for name, images in episode.pop("images").items() if episode else ():
+            pictures = encode(images, codec, make(env, image_size).fps)
+            episode |= {f"{field}/{name}": value for field, value in vars(pictures).items()}
         unfinished = path.with_suffix(".partial")
-        with open(unfinished, "wb") as file:
-            if episode:
-                images = episode.pop("images")
-                for name in images:
-                    pictures = encode(images[name], codec, make(env, image_size).fps)
-                    episode |= {f"{field}/{name}": value for field, value in vars(pictures).items()}
-                np.savez(file, **episode)
-        unfinished.rename(path)
+        try:
+            with open(unfinished, "wb") as file:
+                if episode:
+                    np.savez(file, **episode)
+            unfinished.rename(path)
+        except OSError as error:
+            raise InputError(f"{path} cannot be written ({error}): make room, or choose another --out") from error
     return path
 
 

@@ -233,13 +233,15 @@ def test_check_of_a_good_data_set_finds_nothing(bases, capsys, base):
 
 
 def test_command_ends_with_1_if_there_is_a_fault_and_else_with_0(bases, tmp_path):
-    def run(root):
-        arguments = [sys.executable, "-m", "vla.data", "check", root]
+    def run(root, *options):
+        arguments = [sys.executable, "-m", "vla.data", "check", root, *options]
         return subprocess.run(arguments, capture_output=True, text=True, check=False)
 
     root = copy(bases["png"], tmp_path / "set")
     good = run(root)
     assert (good.returncode, good.stdout) == (0, f"{root}: no fault in 4 episodes, 14 frames\n")
+    told = run(root, "--cameras", "front").stderr.splitlines()[-1]
+    assert told.endswith("expected ['front']: correct --cameras")  # the flag that this command has
     edit_value(root / DATA, "timestamp", 5, 9.0)
     bad = run(root)
     assert bad.returncode == 1

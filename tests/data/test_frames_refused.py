@@ -101,6 +101,9 @@ def test_folder_that_cannot_be_written_is_refused_unless_the_cache_is_there():
         assert f"cannot write numbers of {root} to {root}/.vla_cache ([Errno 13]" in child.stderr
         assert child.stderr.endswith(": set --data.cache_dir\n")
         LeRobotDataset(root)
+        (root / ".vla_cache").chmod(0)  # another user's own
+        child = as_nobody(lambda: LeRobotDataset(root))
+        assert f"cannot write numbers of {root} to {root}/.vla_cache ([Errno 13]" in child.stderr
         for path in (root, root / ".vla_cache"):
             path.chmod(0o555)
         as_nobody(lambda: LeRobotDataset(root).images(EVERY)).ok()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from lerobot_sets import (
     DATA,
+    EPISODES,
     LENGTHS,
     column,
     copy,
@@ -20,6 +21,7 @@ from lerobot_sets import (
 )
 from training import flip
 
+from vla import InputError
 from vla.data.lerobot import LeRobotDataset
 
 
@@ -61,6 +63,16 @@ def test_index_is_made_once_and_again_when_a_file_changes_even_in_place(root):
 
     (root / "meta/tasks.parquet").write_bytes((root / "meta/tasks.parquet").read_bytes().replace(b"task 1", b"taste1"))
     assert LeRobotDataset(root).instructions == ["task 0", "taste1"]
+
+
+def test_index_is_made_again_when_a_file_in_a_linked_folder_changes(root):
+    (root / "meta/episodes").rename(root.parent / "elsewhere")
+    (root / "meta/episodes").symlink_to(root.parent / "elsewhere")
+    LeRobotDataset(root)
+    edit_columns(root / EPISODES, {"length": [5, 2, 5, 2], "dataset_to_index": [5, 7, 12, 14]})
+    edit_columns(root / EPISODES, {"dataset_from_index": [0, 5, 7, 12]})
+    with pytest.raises(InputError, match="fault"):
+        LeRobotDataset(root)
 
 
 def test_index_and_pictures_lie_in_the_folder_asked_for(root, tmp_path):

@@ -364,3 +364,25 @@ def test_two_cameras_of_one_name_are_refused(root):
     data = LeRobotDataset(root, rename={"observation.images.table": "other"})
     assert data.cameras == ("other", "table")
     np.testing.assert_array_equal(numbers(data.images(ALL)), SHOWN)
+
+
+@pytest.mark.parametrize("cache", ["disk", "none"])
+@pytest.mark.parametrize(
+    ("rename", "shown"),
+    [
+        ({"image": "wrist_image", "wrist_image": "image"}, {"wrist_image": 0, "image": 1}),
+        ({"image": "front", "wrist_image": "image"}, {"front": 0, "image": 1}),
+    ],
+)
+def test_new_name_of_a_camera_goes_before_another_s_feature(root, rename, shown, cache):
+    renamed(root, {"observation.images.table": "image", "observation.images.wrist": "wrist_image"})
+    for names in (tuple(shown), ("image",)):
+        data = LeRobotDataset(root, rename=rename, cache=cache, **({"cameras": names} if len(names) == 1 else {}))
+        assert data.cameras == names
+        np.testing.assert_array_equal(numbers(data.images(ALL)), SHOWN[:, [shown[name] for name in names]])
+
+
+@pytest.mark.parametrize("cameras", [("wrist", "table", "wrist"), ("table", "observation.images.table")])
+def test_camera_that_is_named_twice_is_refused(root, cameras):
+    with pytest.raises(InputError, match=f"--data.cameras {' '.join(cameras)} names a camera twice: drop one"):
+        LeRobotDataset(root, cameras=cameras)

@@ -1,5 +1,7 @@
+import json
+
 import pytest
-from lerobot_sets import EPISODES, copy, edit_columns, edit_info
+from lerobot_sets import EPISODES, copy, edit_columns, edit_info, features, read_lines
 from planting import (
     TABLE,
     TASKS,
@@ -117,6 +119,11 @@ REFUSED = {
         content("meta/episodes.jsonl", b"1\n"),
         ["episodes.jsonl, line 1 is 1, expected"],
     ),
+    "chunks of nothing, v2.1": (
+        "v2.1",
+        lambda root: edit_info(root, lambda info: info.update(chunks_size=0)),
+        ["meta/info.json: chunks_size is 0, expected a whole number above 0", REPAIR],
+    ),
     "tasks of no text, v2.1": (
         "v2.1",
         content("meta/tasks.jsonl", b"\xff\xfe"),
@@ -136,3 +143,17 @@ def test_metadata_that_cannot_be_understood_are_refused_with_found_expected_and_
         for text in (str(root), *told):
             assert text in str(refusal.value)
     assert not list(root.glob("**/frames.npy"))
+
+
+def test_instruction_may_hold_what_python_takes_for_the_end_of_a_line(bases, tmp_path):
+    root, text = copy(bases["v2.1"], tmp_path / "set"), "pick\u2028the\x85cup ☕"
+    rows = [row | {"task": text} if row["task_index"] else row for row in read_lines(root / "meta/tasks.jsonl")]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]  # as the package jsonlines writes them
+    (root / "meta/tasks.jsonl").write_bytes("\r\n".join([*lines, ""]).encode())
+    assert LeRobotDataset(root).instructions == ["task 0", text]
+
+
+def test_camera_of_which_only_a_text_is_said_is_no_depth_map(bases, tmp_path):
+    root = copy(bases["png"], tmp_path / "set")
+    features(table={"info": "of the ceiling"})(root)
+    assert LeRobotDataset(root).cameras == ("table", "wrist")

@@ -227,6 +227,32 @@ def test_root_that_holds_something_is_refused(tmp_path):
     assert_holds(tmp_path / "empty", [episode(0)])
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_root_that_is_a_link_is_written_where_it_points_to(tmp_path, there):
+    (tmp_path / "link").symlink_to("disk/set")
+    if there:
+        (tmp_path / "disk/set").mkdir(parents=True)
+    with writer(tmp_path / "link") as out:
+        out.add_episode(**episode(0))
+        assert {path.name for path in tmp_path.iterdir()} == {"link", "disk"}  # no part of it is on another disk
+    assert (tmp_path / "link").is_symlink()
+    assert_holds(tmp_path / "link", [episode(0)])
+
+
+@pytest.mark.parametrize("codec", ["png", "h264"])
+def test_numbers_of_any_type_are_written_as_the_format_has_them(tmp_path, codec):
+    numbers = {"fps": 10, "chunks_size": 2, "data_files_size_in_mb": 0.5, "video_files_size_in_mb": 3}
+    others = {"fps": np.float64(10), "chunks_size": np.int64(2), "data_files_size_in_mb": np.float32(0.5)}
+    others |= {"video_files_size_in_mb": np.uint8(3)}
+    for name, given in {"plain": numbers, "others": others}.items():
+        with writer(tmp_path / name, codec=codec, **given) as out:
+            out.add_episode(**episode(0))
+    assert read_meta(tmp_path / "others") == read_meta(tmp_path / "plain")
+    for name, value in {"fps": 2.5, "chunks_size": 0}.items():
+        with pytest.raises(InputError, match=f"{name} is {value}, expected a whole number above 0"):
+            writer(tmp_path / "refused", **{name: value})
+
+
 def test_root_that_another_process_is_writing_is_refused_and_left_alone(tmp_path):
     with writer(tmp_path / "set") as first:
         first.add_episode(**episode(0))

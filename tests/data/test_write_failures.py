@@ -153,3 +153,17 @@ def test_memory_does_not_grow_with_the_number_of_episodes(tmp_path, codec):
             used.append(tracemalloc.get_traced_memory()[0] + pa.total_allocated_bytes())
     tracemalloc.stop()
     assert max(used[90:]) - max(used[:30]) < 200_000  # of 60 episodes of 8,000 bytes each
+
+
+def test_root_that_cannot_be_written_is_refused_before_an_episode_is_made(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"file/set cannot be written \(.*Not a directory.*: choose another folder"):
+        write(tmp_path / "file/set", [episode(0)])
+    (tmp_path / "disk").mkdir()
+    monkeypatch.setattr("os.path.ismount", lambda path: path == tmp_path / "disk")
+    with pytest.raises(InputError, match=r"disk is where a disk is mounted, .* can be replaced: choose a folder in it"):
+        writer(tmp_path / "disk")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(InputError, match=r"here is where a disk is mounted, or the current folder"):
+        writer(".")

@@ -5,8 +5,9 @@ python -m vla.data check data/mine           every fault, with its file and epis
 """
 
 import math
+import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -110,4 +111,5 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(Options, prog="python -m vla.data"))
     except InputError as error:
-        sys.exit(f"error: {error}")
+        own = "|".join(option.name for option in fields(Options))  # train.py's flags have a prefix
+        sys.exit("error: " + re.sub(rf"--data\.({own})\b", r"--\1", str(error)))

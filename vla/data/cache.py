@@ -25,10 +25,10 @@ def built(done: Path, build: Callable[[Path], None], bytes_needed: int, what: st
     Of several processes that call this at once one builds and the others wait; what a killed one has left is removed.
     Raises InputError if the disk cannot be written, is too small or has no locks.
     """
-    if done.exists():
-        return done
     locks = done.parent / LOCKS
     try:
+        if done.exists():  # or nobody but another user may know
+            return done
         locks.mkdir(parents=True, exist_ok=True)
         lock = open(locks / done.name, "w")  # noqa: SIM115
     except OSError as error:

@@ -52,7 +52,8 @@ class Index:
         self.num_frames = int(layout.lengths.sum())
         videos = (path for key in selection.cameras.values() for path in _videos(layout, key).paths)
         made_from = [VERSION, selection.state, selection.action, *selection.cameras.values(), tolerance_s]
-        meta = sorted(str(path.relative_to(layout.root)) for path in layout.root.glob("meta/**/*.*"))
+        found = {path for links in ("**/*.*", "episodes/*/*.*") for path in layout.root.glob(f"meta/{links}")}
+        meta = sorted(str(path.relative_to(layout.root)) for path in found)  # ** goes into no linked folder
         made_from.append(layout.stamp([*meta, *layout.data.paths, *videos]))
         self._folder = built(
             folder / f"index-{hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]}",

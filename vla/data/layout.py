@@ -86,8 +86,8 @@ class Layout:
 
 
 def _is_depth(feature: dict) -> bool:
-    info = feature.get("info") or feature.get("video_info") or {}
-    return bool(info.get("video.is_depth_map") or info.get("is_depth_map"))
+    info = feature.get("info") or feature.get("video_info")
+    return isinstance(info, dict) and bool(info.get("video.is_depth_map") or info.get("is_depth_map"))
 
 
 def read_layout(root: Path) -> Layout:
@@ -196,6 +196,8 @@ def _read_v2(root: Path, info: dict) -> Layout:
     episodes = np.array([row["episode_index"] for row in rows], dtype=np.int64)
     lengths = np.array([row["length"] for row in rows], dtype=np.int64)
     each, size = np.arange(len(rows), dtype=np.int32), info.get("chunks_size", 1000)
+    if type(size) is not int or size < 1:
+        raise InputError(f"{root}/meta/info.json: chunks_size is {size!r}, expected a whole number above 0: {REPAIR}")
 
     def files(kind: str, **key) -> Files:
         places = [{"episode_chunk": number // size, "episode_index": number, **key} for number in episodes.tolist()]
@@ -258,7 +260,7 @@ def _check_episodes(layout: Layout, info: dict) -> None:
 def _read_jsonl(path: Path, **kinds: type) -> list[dict]:
     rows = []
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: texts may hold other ends of lines
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is missing or unreadable ({error}): {REPAIR}") from error
     for number, line in enumerate(lines, 1):

@@ -69,8 +69,13 @@ def _chosen(
             f"{layout.root}: cameras {keys} have names in common, {list(available)}: rename one, such as "
             f"--data.camera_map {max(keys, key=len)}=other"
         )
-    names = {**available, **{key: key for key in keys}}
-    chosen = {name: names[name] for name in wanted or available if name in names}
+    names = {**{key: key for key in keys}, **available}
+    asked = [name for name in wanted or available if name in names]
+    chosen = {name: names[name] for name in asked}
+    if len(set(chosen.values())) < len(asked):
+        raise InputError(
+            f"{layout.root}: --data.cameras {' '.join(wanted)} names a camera twice: drop one of its names"
+        )
     if not chosen or (len(chosen) < len(wanted) and not some):
         expected = list(wanted) or "at least one (a feature of dtype image or video)"
         raise InputError(f"{layout.root} has cameras {list(available)}, expected {expected}: correct --data.cameras")

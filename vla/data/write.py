@@ -6,6 +6,7 @@ Dimensions: L frames of one episode, P state, A action, h and w of an image.
 import fcntl
 import io
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from itertools import islice, pairwise
@@ -65,8 +66,12 @@ class LeRobotWriter:
         data_files_size_in_mb: float = 100,
         video_files_size_in_mb: float = 200,
     ):
-        self.root = Path(root)
+        self.root = Path(root).resolve()  # a link stays: the folder it points to is replaced
         self._check_root()
+        for name, value in {"fps": fps, "chunks_size": chunks_size}.items():
+            if not value >= 1 or value != int(value):
+                raise InputError(f"{name} is {value}, expected a whole number above 0")
+        fps, chunks_size = int(fps), int(chunks_size)  # of NumPy's, JSON takes none
         if codec != "png" and codec not in ENCODERS:
             raise InputError(f"codec is {codec!r}, expected one of {['png', *ENCODERS]}")
         for name, (h, w) in cameras.items():
@@ -85,7 +90,8 @@ class LeRobotWriter:
         for key, dtype in {"timestamp": "float32", **indices}.items():
             self.features[key] = {"dtype": dtype, "shape": [1], "names": None}
         self.info = {"codebase_version": "v3.0", "robot_type": robot_type, "fps": fps, "chunks_size": chunks_size}
-        self.info |= {"data_files_size_in_mb": data_files_size_in_mb, "video_files_size_in_mb": video_files_size_in_mb}
+        sizes = {"data_files_size_in_mb": data_files_size_in_mb, "video_files_size_in_mb": video_files_size_in_mb}
+        self.info |= {name: int(size) if size == int(size) else float(size) for name, size in sizes.items()}
         self.info |= {"data_path": DATA_PATH, "video_path": VIDEO_PATH if codec in ENCODERS else None}
         self.info |= {"features": self.features}
         self._num_files = self._num_episodes = self._num_frames = 0
@@ -96,8 +102,11 @@ class LeRobotWriter:
 
     def __enter__(self) -> "LeRobotWriter":
         meta = self.partial / "meta"
-        meta.mkdir(parents=True, exist_ok=True)
-        self._locked = self._lock()
+        try:
+            meta.mkdir(parents=True, exist_ok=True)
+            self._locked = self._lock()
+        except OSError as error:
+            raise InputError(f"{self.root} cannot be written ({error}): choose another folder") from error
         self._check_root()  # another process may have finished it since
         self._locked.truncate(0)
         for left in {*self.partial.iterdir(), *meta.iterdir()} - {meta, self.partial / LOCK}:
@@ -110,6 +119,9 @@ class LeRobotWriter:
         if self.root.exists() and (not self.root.is_dir() or any(self.root.iterdir())):
             found = f"{self.root} exists, expected no such folder or an empty one"
             raise InputError(f"{found}: delete it or choose another")
+        if os.path.ismount(self.root) or self.root == Path.cwd():  # the finished folder takes its place
+            found = f"{self.root} is where a disk is mounted, or the current folder"
+            raise InputError(f"{found}, expected one that can be replaced: choose a folder in it")
 
     def _lock(self) -> BinaryIO:
         """A file that is to stay open while this process alone may write here."""

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
+from vla import InputError
+
 COLOURS = {
     "red": (214, 48, 49),
     "green": (39, 174, 96),
@@ -28,6 +30,7 @@ TABLE = (236, 230, 220)
 STEP = 0.08  # table widths that the tip moves at most in one step and direction
 GRASP_RADIUS = 0.045  # an object is grasped if its centre lies within this distance of the tip
 OBJECT_RADIUS, ZONE_RADIUS = 0.055, 0.11  # half the width of an object and of a zone, in table widths
+SMALLEST = 17  # images in pixels: in smaller ones a finger has no width
 VIEW = 0.5  # width of the gripper camera's view, in table widths
 
 
@@ -60,6 +63,8 @@ class Tabletop:
     own_process = False
 
     def __init__(self, image_size: int = 64, objects: int = 3, zones: int = 3):
+        if image_size < SMALLEST:
+            raise InputError(f"image_size is {image_size}; expected at least {SMALLEST} pixels, to draw the gripper in")
         self.image_size, self.object_count, self.zone_count = (image_size, image_size), objects, zones
 
     def reset(self, seed: int, task: int = 0) -> dict:
