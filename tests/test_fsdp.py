@@ -15,6 +15,7 @@ from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlu
 from safetensors.torch import load_file
 from saving import broken
 from test_guard import spoil
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from training import (
     SHARDED,
@@ -37,6 +38,7 @@ from training import (
 import vla.saver
 from vla import InputError, checkpoint, evaluate, fsdp, guard
 from vla.config import OptimConfig, TrainConfig
+from vla.export import init_from
 from vla.model import VLAPolicy
 
 SECOND = "model-00002-of-00002.safetensors"
@@ -84,6 +86,13 @@ def test_sharded_run_is_the_same_training_as_one_that_is_not(own, uninterrupted)
     still = ("state_norm", "action_norm", *(["vision_encoder"] if own[2:4] == FROZEN else []))
     for name, value in first.items():
         assert torch.equal(value, final[name]) == name.startswith(still), name
+
+
+def test_weights_that_stay_whole_between_passes_are_those_of_the_training_after_an_evaluation(uninterrupted):
+    own = ("--optim.lr", 0.01, "--eval.every", 3)
+    own += ("--checkpoint.every", 100, "--eval.min_delta", 9)  # a save, which a better evaluation asks for, hides it
+    run = uninterrupted(*own, processes=2, env=SHARDED | {"FSDP_RESHARD_AFTER_FORWARD": "false"})
+    assert_same_training(run, uninterrupted(*own, processes=2))
 
 
 def test_compiled_sharded_run_is_the_same_training(flags, uninterrupted, tmp_path):
@@ -209,6 +218,11 @@ REFUSED = {
         [],
         "fsdp_activation_checkpointing does not go with.* give --model.gradient_checkpointing",
     ),
+    "wrap by size": (
+        {"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP", "FSDP_MIN_NUM_PARAMS": "2000"},
+        [],
+        "fsdp_auto_wrap_policy: SIZE_BASED_WRAP does not go with.* set it to TRANSFORMER_BASED_WRAP",
+    ),
     "meta": ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, [], "fsdp_cpu_ram_efficient_loading does not go with"),
 }
 
@@ -310,9 +324,13 @@ def test_checkpoint_and_export_are_policies_with_all_rows(uninterrupted, tmp_pat
     run = uninterrupted(processes=2, env=SHARDED)
     weights, average = gathered(last(run)), gathered(last(run), "ema")
     assert {len(value) for value in weights.values() if value.ndim} >= {1, 3}  # fewer rows than, or uneven over, 2
-    policy = VLAPolicy.from_pretrained(last(run)).state_dict()
-    assert policy.keys() == weights.keys()
-    assert all(torch.equal(value, weights[name]) for name, value in policy.items())
+    policy = VLAPolicy.from_pretrained(last(run))
+    assert policy.state_dict().keys() == weights.keys()
+    assert all(torch.equal(value, weights[name]) for name, value in policy.state_dict().items())
+    for parameter in policy.parameters():
+        nn.init.zeros_(parameter)
+    assert ", 0 missing, 0 left over" in init_from(policy, last(run))
+    assert all(torch.equal(value, weights[name]) for name, value in policy.state_dict().items())
     run_module("vla.export", last(run), "--out", tmp_path / "export")[0].ok()
     exported = load_file(tmp_path / "export/model.safetensors")
     assert exported.keys() == weights.keys() > average.keys() > set()

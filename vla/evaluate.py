@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from accelerate import Accelerator
 
-from vla import sim
+from vla import fsdp, sim
 from vla.data.stream import Samples
 from vla.model.policy import VLAPolicy
 from vla.rollout import Episode, processes, rollout
@@ -70,8 +70,7 @@ def held_out(
             for i, name in enumerate(datasets[0].action_names):
                 add(f"action_error/{name}", error[:, i].mean(), len(error))
     policy.train()
-    if accelerator.is_fsdp2:
-        policy.reshard()  # what is whole after a pass without gradients would stay so when its shards change
+    fsdp.reshard(policy)
     left_early = torch.tensor([float(not done), 0], dtype=torch.float64, device=accelerator.device)
     total = accelerator.reduce(torch.stack([left_early, *(sums[name] for name in sorted(sums))]), "sum").tolist()
     if total[0][0]:

@@ -81,27 +81,29 @@ def deliver(config: TrainConfig, state: dict, checkpoints: Path, datasets: list[
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """A state_dict from a folder with model.safetensors, a .safetensors file, or a .pt file (weights_only, so
-    nothing runs).
+    """A state_dict from an export or a checkpoint, a .safetensors file, or a .pt file (weights_only, so nothing runs).
 
     Prefixes of wrappers are removed. Raises InputError for anything else.
     """
-    file = path / "model.safetensors" if path.is_dir() else path
-    if not file.is_file():
+    in_folder = files(path, "model")
+    if not in_folder and not path.is_file():
         cure = f": give {path / 'export'} or a checkpoint of it" if (path / "checkpoints").is_dir() else ""
         raise InputError(f"--init_from {path} is neither an export folder nor a file of weights{cure}")
     try:
-        if file.suffix == ".safetensors":
-            weights = load_file(file)
+        if in_folder:
+            rows = Rows.of(path, "model")
+            weights = {name: rows.tensor(name) for name in rows.parts}
+        elif path.suffix == ".safetensors":
+            weights = load_file(path)
         else:
-            weights = torch.load(file, map_location="cpu", weights_only=True)
+            weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as failure:  # both libraries raise many kinds; all mean the same to who gave the file
         reason = str(failure).splitlines()[0]
-        raise InputError(f"--init_from {file} cannot be read as weights alone: {reason}") from None
+        raise InputError(f"--init_from {path} cannot be read as weights alone: {reason}") from None
     if isinstance(weights, dict) and isinstance(weights.get("state_dict"), dict):
         weights = weights["state_dict"]
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise InputError(f"--init_from {file} holds no state_dict (a mapping of names to tensors)")
+        raise InputError(f"--init_from {path} holds no state_dict (a mapping of names to tensors)")
     return {WRAPPERS.sub("", name): value for name, value in weights.items()}
 
 

@@ -7,6 +7,7 @@ from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlu
 from torch import nn
 from torch.distributed import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
+from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 
 from vla import InputError
 from vla.config import TrainConfig
@@ -33,6 +34,8 @@ def set_up(accelerator: Accelerator, config: TrainConfig) -> None:
         "fsdp_cpu_ram_efficient_loading": plugin.cpu_ram_efficient_loading and "set it to false in the YAML",
         "fsdp_activation_checkpointing": plugin.activation_checkpointing
         and "take it out of the YAML, and give --model.gradient_checkpointing",
+        "fsdp_auto_wrap_policy: SIZE_BASED_WRAP": plugin.auto_wrap_policy is size_based_auto_wrap_policy
+        and "set it to TRANSFORMER_BASED_WRAP in the YAML",
         "parallelism_config": accelerator.parallelism_config and "take it out of the YAML",
         "fsdp_offload_params": isinstance(plugin.cpu_offload, CPUOffloadPolicy)
         and config.optim.muon_lr
@@ -57,6 +60,17 @@ def set_up(accelerator: Accelerator, config: TrainConfig) -> None:
         plugin.mixed_precision_policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
+
+
+def reshard(policy: nn.Module) -> None:
+    """Drop the whole weights of a policy that is sharded, which would else stay when its shards change.
+
+    After a pass without gradients they are there still: the outermost part's, and with the YAML's
+    fsdp_reshard_after_forward: false those of each.
+    """
+    for part in policy.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
 def follow(policy: nn.Module) -> None:

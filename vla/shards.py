@@ -102,6 +102,11 @@ class Rows:
         shapes = [_shape(part) for part in self.parts[name]]
         return (sum(shape[0] for shape in shapes), *shapes[0][1:]) if shapes[0] else ()
 
+    def tensor(self, name: str) -> Tensor:
+        """The whole tensor."""
+        parts = [part[...] for part in self.parts[name]]
+        return torch.cat(parts) if parts[0].ndim else parts[0]
+
     def check(self, expected: Mapping[str, Tensor], what: str) -> None:
         """Raises InputError, naming the difference, unless names and shapes are those of these tensors."""
         missing, left_over = sorted(expected.keys() - self.parts.keys()), sorted(self.parts.keys() - expected.keys())
