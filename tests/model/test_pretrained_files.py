@@ -45,6 +45,22 @@ EXPORTS |= {"merged half": ("paligemma", ADAPTERS | {"frozen_dtype": "bfloat16"}
 EXPORTS |= {f"adapters {kind}": (kind, ADAPTERS | {"language_layers": 2}) for kind in ("idefics3", "siglip")}
 
 
+def put(policy, folder):
+    """Save a policy, and beside it a batch without its tokens. Returns what it predicts from the whole batch."""
+    batch = batch_of(policy)
+    save_file({key: value for key, value in batch.items() if "token" not in key}, f"{folder}.batch")
+    chunk = policy.eval().predict_chunk(batch)
+    policy.save_pretrained(folder)
+    return chunk
+
+
+def in_a_new_process(names, folder):
+    """What the policies of these names in a folder predict there, each from its batch."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-c", PREDICT, *TEXTS, *names], env=environment, cwd=folder, check=True)
+    return {name: load_file(folder / f"{name}.chunk")["chunk"] for name in names}
+
+
 def test_exports_predict_the_same_to_the_bit_in_a_new_process_without_network_or_what_they_do_not_need(
     originals, tmp_path
 ):
@@ -58,14 +74,43 @@ def test_exports_predict_the_same_to_the_bit_in_a_new_process_without_network_or
             policy.merge()
         if not name.startswith("adapters"):
             shutil.rmtree(tmp_path / f"{name} base")
-        batch = batch_of(policy)
-        save_file({key: value for key, value in batch.items() if "token" not in key}, tmp_path / f"{name}.batch")
-        expected[name] = policy.eval().predict_chunk(batch)
-        policy.save_pretrained(tmp_path / name)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_OFFLINE": "1"}
-    subprocess.run([sys.executable, "-c", PREDICT, *TEXTS, *EXPORTS], env=environment, cwd=tmp_path, check=True)
-    found = {name: load_file(tmp_path / f"{name}.chunk")["chunk"] for name in EXPORTS}
-    assert_same(found, expected)
+        expected[name] = put(policy, tmp_path / name)
+    assert_same(in_a_new_process(EXPORTS, tmp_path), expected)
+
+
+CODE = {
+    "configuration_mine.py": """
+from transformers import Qwen3Config
+
+class MyConfig(Qwen3Config):
+    model_type = "mine"
+""",
+    "modeling_mine.py": """
+from transformers import Qwen3ForCausalLM
+from .configuration_mine import MyConfig
+from .names_mine import NAME
+
+class MyModel(Qwen3ForCausalLM):
+    config_class = MyConfig
+""",
+    "names_mine.py": "NAME = 'mine'",
+}
+
+
+def test_export_of_a_model_with_code_of_its_own_holds_that_code(originals, tmp_path):
+    flags = originals("siglip") | moved({"language_backbone": originals("siglip")["language_backbone"]}, tmp_path)
+    folder = tmp_path / "language_backbone"
+    for name, text in CODE.items():
+        (folder / name).write_text(text)
+    places = {"AutoConfig": "configuration_mine.MyConfig", "AutoModelForCausalLM": "modeling_mine.MyModel"}
+    edited("config.json", model_type="mine", auto_map=places)(folder)
+    policy = policy_on(flags, trust_remote_code=True)
+    shutil.rmtree(folder)
+    expected = {"export": put(policy, tmp_path / "export")}
+    assert_same(in_a_new_process(["export"], tmp_path), expected)
+    put(VLAPolicy.from_pretrained(tmp_path / "export"), tmp_path / "again")
+    shutil.rmtree(tmp_path / "export")
+    assert_same(in_a_new_process(["again"], tmp_path), {"again": expected["export"]})
 
 
 def test_adapters_without_their_base_or_with_another_one_are_refused(originals, tmp_path):

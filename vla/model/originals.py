@@ -24,6 +24,7 @@ class Originals:
     def __init__(self, settings: ModelConfig, saved: Path | None, weights: bool):
         self.settings, self.saved, self.weights = settings, saved, weights
         self.parts: dict[str, list] = {}  # by flag
+        self.code: dict[str, dict[str, bytes]] = {}  # the files of each flag's folder that trust_remote_code runs
         self.digest = ""  # of the weights that were loaded
 
     def __str__(self) -> str:
@@ -55,7 +56,13 @@ class Originals:
         from transformers import AutoConfig
 
         trust = self.settings.trust_remote_code
-        config = self._read(flag, "config.json", lambda name: AutoConfig.from_pretrained(name, trust_remote_code=trust))
+
+        def read(name: str):
+            if trust:  # now, as the folder may be gone when it is saved; transformers saves the configuration's alone
+                self.code[flag] = {file.name: file.read_bytes() for file in Path(name).glob("*.py")}
+            return AutoConfig.from_pretrained(name, trust_remote_code=trust)
+
+        config = self._read(flag, "config.json", read)
         self.parts.setdefault(flag, []).append(config)
         return config
 
@@ -121,7 +128,7 @@ class Originals:
         return made
 
     def save(self, folder: Path) -> None:
-        """Write configurations, tokenizers and image processors, but no weights. The folder is replaced whole."""
+        """Write configurations, tokenizers, image processors and code, but no weights. The folder is replaced whole."""
         temporary = folder.with_name(f".writing_{folder.name}")
         shutil.rmtree(temporary, ignore_errors=True)
         for flag, parts in self.parts.items():
@@ -132,6 +139,8 @@ class Originals:
                     (place / "preprocessor_config.json").write_text(json.dumps(part, indent=2) + "\n")
                 else:
                     part.save_pretrained(place)
+            for name, content in self.code.get(flag, {}).items():
+                (place / name).write_bytes(content)
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
 
