@@ -119,11 +119,11 @@ def vision(family: str, folder: Path, seed: int = 0) -> Path:
     return _write(AutoModel, config, folder, seed)
 
 
-def language(folder: Path, seed: int = 0) -> Path:
-    """Write a causal language model of Qwen3's kind, with tokenizer. Returns the folder."""
+def language(folder: Path, seed: int = 0, kind: str = "qwen3", **own) -> Path:
+    """Write a causal language model of a kind, of sizes of its own too, with tokenizer. Returns the folder."""
     tokenizer = _tokenizer(QWEN, pad="<|endoftext|>", eos="<|im_end|>")
     tokenizer.save_pretrained(folder)
-    config = AutoConfig.for_model("qwen3", **_decoder(tokenizer), tie_word_embeddings=True)
+    config = AutoConfig.for_model(kind, **_decoder(tokenizer) | {"tie_word_embeddings": True} | own)
     return _write(AutoModelForCausalLM, config, folder, seed)
 
 

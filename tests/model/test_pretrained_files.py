@@ -7,10 +7,10 @@ import sys
 
 import pytest
 import torch
-from backbones import KINDS, SIDE, TEXTS, batch_of, edited, moved, policy_on, settings
-from robots import assert_same
+from backbones import KINDS, SIDE, TEXTS, batch_of, edited, hidden, moved, policy_on, settings
+from robots import ARM, CRANE, assert_same
 from safetensors.torch import load_file, save_file
-from tiny import VIT, vlm
+from tiny import VIT, language, vlm
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
@@ -189,10 +189,33 @@ def test_language_model_whose_window_is_shorter_than_the_prefix_is_refused(origi
         policy_on(flags)
 
 
+LINEAR = dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 2)
+LINEAR |= dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 8)
+LINEAR["layer_types"] = ["linear_attention", "full_attention", "linear_attention"]
+MIXED = {  # decoders of which some layers take no mask
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
+    "qwen3_5_text": LINEAR,
+    "recurrent_gemma": {"lru_width": 32, "attention_window_size": 72},
+    "falcon_h1": {"mamba_d_ssm": 32, "mamba_n_heads": 2, "mamba_d_head": 16, "mamba_d_state": 8},
+}
+
+
+@pytest.mark.parametrize("kind", MIXED)
+def test_decoder_that_sees_what_the_mask_hides_is_refused_where_a_data_set_lacks_a_camera(kind, originals, tmp_path):
+    flags = originals("siglip") | {"language_backbone": str(language(tmp_path / kind, kind=kind, **MIXED[kind]))}
+    with pytest.raises(
+        InputError, match=rf"layers of .*{kind}, of the family {kind}, see what is hidden from attention"
+    ):
+        policy_on(flags, datasets=(ARM, CRANE))
+    short, long = (policy_on(flags, max_tokens=length) for length in (24, 40))  # padding comes last: nobody sees it
+    (first, mask), (second, longer) = (hidden(policy, batch_of(policy)) for policy in (short, long))
+    torch.testing.assert_close(first[mask], second[longer], rtol=1e-5, atol=1e-5)
+
+
 def test_causal_attention_is_refused_where_images_and_instruction_see_each_other(originals):
-    model = settings(originals("paligemma"), attention="flash_attention_2").model
+    config = settings(originals("paligemma"), attention="flash_attention_2")
     with pytest.raises(InputError, match="flash_attention_2 is causal, and in paligemma images and instruction see"):
-        pretrained.build(model, 2, (SIDE, SIDE), None, True)
+        pretrained.build(config, None, True)
 
 
 def without(name):

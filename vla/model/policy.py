@@ -55,7 +55,7 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
         model, cameras = config.model, len(config.cameras)
         self.backbone = None
         if model.backbone or model.vision_backbone:
-            self.backbone = pretrained.build(model, cameras, config.image_size, saved, weights)
+            self.backbone = pretrained.build(config, saved, weights)
             self.vision_encoder = self.backbone.vision_encoder
             if self.backbone.projector:
                 self.projector = self.backbone.projector

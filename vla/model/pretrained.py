@@ -20,6 +20,7 @@ from vla.config import ModelConfig
 from vla.model.encoders import PatchEncoder, Projector, VisionEncoder
 from vla.model.originals import Originals
 from vla.model.pixels import Pixels
+from vla.model.spec import PolicyConfig
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ class LanguageModel(nn.Module):
         out = self.model(
             inputs_embeds=x,
             attention_mask=self._attend(mask, causal, x.dtype),
-            position_ids=self.positions.expand(*self.positions.shape[:-2], len(x), -1),
+            position_ids=self.positions[..., : x.shape[1]].expand(*self.positions.shape[:-2], len(x), -1),
             use_cache=False,
             output_hidden_states=layer > 0,
             **deep,
@@ -152,6 +153,21 @@ class LanguageModel(nn.Module):
         if self.config.attention == "sdpa":
             return attend
         return torch.zeros_like(attend, dtype=dtype).masked_fill(~attend, torch.finfo(dtype).min)
+
+    @torch.no_grad()
+    def check_mask(self) -> None:
+        """Raises InputError for a decoder that does not keep to the mask, tried on a few tokens of which two change."""
+        hidden, mask = [], torch.tensor([[True, True, False, False, True, True]])
+        for ids in ([0, 1, 2, 3, 4, 5], [0, 1, 6, 7, 4, 5]):
+            x = self.model.get_input_embeddings()(torch.tensor([ids]))
+            hidden.append(self._decode(x, mask, True, {})[1][mask])
+        if (hidden[1] - hidden[0]).abs().max() > 1e-3 * hidden[0].abs().max():  # experts round by who else they get
+            name, family = self.config.backbone or self.config.language_backbone, self.model.config.model_type
+            raise InputError(
+                f"a data set lacks a camera, and layers of {name}, of the family {family}, see what is hidden from "
+                "attention (convolutional, linear, recurrent ones); give a language model of attention alone, or data "
+                "sets with the same cameras"
+            )
 
     def _loss(self, hidden: Tensor, tokens: Tensor, token_mask: Tensor) -> Tensor:
         """Cross-entropy of each next token, meaned over each sample's own. hidden: [B, T - 1, D] -> [B]."""
@@ -191,13 +207,14 @@ class Backbone:
     originals: Originals
 
 
-def build(model: ModelConfig, cameras: int, image_size: tuple[int, int], saved: Path | None, weights: bool) -> Backbone:
+def build(policy: PolicyConfig, saved: Path | None, weights: bool) -> Backbone:
     """The backbone that --model.backbone names, or --model.vision_backbone and --model.language_backbone.
 
     saved, weights: see Originals. Raises InputError for what is not found or does not fit.
     """
     import transformers
 
+    model, cameras, image_size = policy.model, len(policy.cameras), policy.image_size
     originals = Originals(model, saved, weights)
     if model.backbone:
         config = originals.config("backbone")
@@ -262,7 +279,11 @@ def build(model: ModelConfig, cameras: int, image_size: tuple[int, int], saved: 
     _check_window(text, len(layout.ids) + model.max_tokens, model)
     if kind.startswith("qwen"):
         layout = _in_space(base, layout, [1, grid[0] * merge, grid[1] * merge])
-    return Backbone(encoder, projector, LanguageModel(decoder, out, tokenizer, family, layout, model), originals)
+    language_model = LanguageModel(decoder, out, tokenizer, family, layout, model)
+    lacking = any(len(spec.cameras) < cameras for spec in policy.datasets)
+    if lacking and weights and model.attention != "flash_attention_2":  # it needs a GPU; and what was loaded has passed
+        language_model.check_mask()
+    return Backbone(encoder, projector, language_model, originals)
 
 
 def _check_window(text, length: int, model: ModelConfig) -> None:
