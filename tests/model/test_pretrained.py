@@ -7,9 +7,9 @@ import torch.nn.functional as F
 import transformers
 from backbones import KINDS, SIDE, TEXTS, batch_of, edited, hidden, learned, moved, policy_on
 from robots import ACTIONS, ARM, CRANE, WHICH, assert_same, mixed_batch, rows
-from tiny import PATCH, VLMS
+from tiny import PATCH, VIT, VLMS, language
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
@@ -231,6 +231,34 @@ def test_predictions_of_a_batch_of_several_robots_are_those_of_each_sample_alone
     alone = torch.cat([policy.predict_chunk(rows(batch, slice(b, b + 1))) for b in range(len(WHICH))])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
     assert policy(batch)["loss"].isfinite()
+
+
+DROPPING = {  # at other places each, among them between layers and of whole ones
+    "siglip and gpt2": ("language_backbone", "gpt2", {"n_positions": 64}),
+    "siglip and opt": ("language_backbone", "opt", {"word_embed_proj_dim": 32, "layerdrop": 0.5}),
+    "siglip and biogpt": ("language_backbone", "biogpt", {}),
+    "beit and qwen3": ("vision_backbone", "beit", {"hidden_dropout_prob": 0.1, "drop_path_rate": 0.5}),
+}
+
+
+@pytest.mark.parametrize("freeze", [(), ("vision_encoder",)], ids=str)
+@pytest.mark.parametrize("pair", DROPPING)
+def test_a_batch_is_trained_on_as_its_samples_alone_as_pretrained_models_drop_nothing(
+    pair, freeze, originals, tmp_path
+):
+    flag, kind, sizes = DROPPING[pair]
+    flags = originals("siglip") | moved({flag: originals("siglip")[flag]}, tmp_path)
+    if flag == "vision_backbone":
+        config = AutoConfig.for_model(kind, **VIT, image_size=SIDE, **sizes)
+        AutoModel.from_config(config).save_pretrained(flags[flag])
+    else:
+        language(flags[flag], kind=kind, **sizes)
+    policy = policy_on(flags, freeze=freeze).train()
+    batch = batch_of(policy)
+    together = policy(batch)["loss"]
+    alone = [policy(rows(batch, slice(b, b + 1)))["loss"] for b in range(len(TEXTS))]
+    torch.testing.assert_close(together, sum(alone) / len(alone), rtol=1e-5, atol=1e-5)
+    assert torch.equal(policy(batch)["loss"], together)
 
 
 # ---- How it is computed

@@ -110,7 +110,7 @@ class Originals:
             with contextlib.nullcontext() if self.weights else no_init_weights():
                 made = self._read(flag, "architecture", lambda _: auto.from_config(config, **options))
             made.tie_weights()  # which may have been left out
-            return made
+            return _drop_nothing(made)
         options |= {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True}  # told below
         logging.set_verbosity_error()  # what it says of weights that were cut off, and its bar, are of no use here
         logging.disable_progress_bar()
@@ -125,7 +125,7 @@ class Originals:
             hashes = threads.map(_sha256, made.parameters())
             lines = [f"{key} {one}" for (key, _), one in zip(made.named_parameters(), hashes, strict=True)]
         self.digest = hashlib.sha256("\n".join([self.digest, *lines]).encode()).hexdigest()
-        return made
+        return _drop_nothing(made)
 
     def save(self, folder: Path) -> None:
         """Write configurations, tokenizers, image processors and code, but no weights. The folder is replaced whole."""
@@ -143,6 +143,17 @@ class Originals:
                 (place / name).write_bytes(content)
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
+
+
+def _drop_nothing(model: nn.Module) -> nn.Module:
+    """The model without dropout, stochastic depth and layers left out at random, which know no key of a sample."""
+    for module in model.modules():
+        for place in (module, getattr(module, "config", module)):  # some read it there at each call
+            for name, value in list(vars(place).items()):
+                dropout = "drop" in name or (name == "p" and "Dropout" in type(module).__name__)
+                if dropout and isinstance(value, float):
+                    setattr(place, name, 0.0)
+    return model
 
 
 def _sha256(parameter: nn.Parameter) -> str:
