@@ -1,5 +1,6 @@
 """Pretrained models on the disk: what is exported from them loads anywhere, and what cannot be built is refused."""
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -187,6 +188,17 @@ def test_language_model_whose_window_is_shorter_than_the_prefix_is_refused(origi
         InputError, match=r"are 56 tokens, and layers of .* are made to see the last 55 alone \(sliding_window\)"
     ):
         policy_on(flags)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_language_model_made_for_less_than_the_prefix_is_refused(kind, originals, tmp_path):
+    told = r"are 56 tokens, and .*short is made for 55 \(max_position_embeddings\); lower --model.max_tokens"
+    for most, name in ((56, "long"), (55, "short")):  # 2 images of 16 tokens, 24 of the instruction
+        made = language(tmp_path / name, kind=kind, max_position_embeddings=most)
+        flags = originals("siglip") | {"language_backbone": str(made)}
+        with pytest.raises(InputError, match=told) if name == "short" else contextlib.nullcontext():
+            policy = policy_on(flags)
+            assert policy(batch_of(policy))["loss"].isfinite()
 
 
 LINEAR = dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 2)
