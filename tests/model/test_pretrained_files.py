@@ -296,6 +296,12 @@ MISFITS = {
         ("vit_mae", VIT | {"image_size": SIDE}),
         r"family vit_mae, makes \[10, 32\] of two images of 4x4 patches, expected \[32, 32\]",
     ),
+    "features of objects behind those of patches": (
+        "vision_backbone",
+        AutoModel,
+        ("yolos", VIT | {"image_size": (SIDE, SIDE), "num_detection_tokens": 10}),
+        "is of the family yolos, which detects objects by tokens behind those of the patches; expected",
+    ),
     "features of all images in a row": (
         "vision_backbone",
         AutoModel,

@@ -256,6 +256,11 @@ def build(policy: PolicyConfig, saved: Path | None, weights: bool) -> Backbone:
                 f"--model.vision_backbone {model.vision_backbone} is of the family {kind}, which has no patches; "
                 "expected one such as SigLIP or DINO"
             )
+        if getattr(seen.config, "num_detection_tokens", 0):  # YOLOS
+            raise InputError(
+                f"--model.vision_backbone {model.vision_backbone} is of the family {kind}, which detects objects by "
+                "tokens behind those of the patches; expected one of patches alone, such as SigLIP or DINO"
+            )
         encoder = PatchEncoder(seen, _pixels(originals, "vision_backbone", kind, image_size, patch))
         whole = originals.model("language_backbone", transformers.AutoModelForCausalLM, text)
         out, decoder, tokenizer = (
