@@ -4,11 +4,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub.errors import HfHubHTTPError
 from robots import HEADS, actions, edit_config, random_batch, saved, tiny
 from safetensors.torch import load_file, save_file
 
@@ -106,6 +108,37 @@ def test_what_is_no_policy_is_refused_without_asking_the_hub(name, told, tmp_pat
     monkeypatch.setattr(PyTorchModelHubMixin, "from_pretrained", None)
     with pytest.raises(InputError, match=told):
         VLAPolicy.from_pretrained(tmp_path / name if name.startswith("nowhere") else name)
+
+
+NO_REPOSITORY = HfHubHTTPError("404 Client Error", response=Mock())
+
+
+@pytest.mark.parametrize(
+    ("name", "failure"), [("mistyped/export", None), ("mistyped/export", NO_REPOSITORY), ("~/export", None)], ids=str
+)
+def test_what_is_neither_a_folder_nor_on_the_hub_is_refused(name, failure, monkeypatch):
+    if failure:
+        monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download", Mock(side_effect=failure))
+        monkeypatch.setattr("vla.model.hub.snapshot_download", Mock(side_effect=failure))
+    with pytest.raises(
+        InputError, match=rf"{name} is no folder here, and could not be downloaded .*: check the path or"
+    ):
+        VLAPolicy.from_pretrained(name)
+
+
+def test_options_of_a_download_reach_it(tmp_path, monkeypatch):
+    download = Mock(return_value=str(saved(tmp_path)))
+    monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download", lambda **_: str(tmp_path / "export/config.json"))
+    monkeypatch.setattr("vla.model.hub.snapshot_download", download)
+    options = {"revision": "v2", "force_download": True, "cache_dir": tmp_path, "token": "mine"}
+    VLAPolicy.from_pretrained("some/policy", **options)
+    download.assert_called_once_with("some/policy", **options)
+
+
+@pytest.mark.parametrize("option", [{"devcie": "cuda"}, {"torch_dtype": torch.bfloat16}, {"strict": True}], ids=str)
+def test_unknown_options_are_refused(option, tmp_path):
+    with pytest.raises(TypeError, match=f"from_pretrained has no option {next(iter(option))}"):
+        VLAPolicy.from_pretrained(saved(tmp_path), **option)
 
 
 @pytest.mark.parametrize("part", ["model", "loss"])

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from huggingface_hub import PyTorchModelHubMixin, snapshot_download
+from huggingface_hub import PyTorchModelHubMixin
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vla import InputError, keyed
 from vla.config import LoraConfig
-from vla.model import backbone, encoders, observation, pretrained
+from vla.model import backbone, encoders, hub, observation, pretrained
 from vla.model.graph import Graph
 from vla.model.heads import HEADS
 from vla.model.lora import add_adapters, merge_adapters, submodule
@@ -194,9 +194,10 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options) -> "VLAPolicy":
-        """The policy in a folder (an export, a checkpoint), or of a name on the hub. options: see _from_pretrained."""
+        """The policy in a folder (export, checkpoint), or of a name on the hub. options: below, hub.OPTIONS."""
         check_policy(pretrained_model_name_or_path)
-        return super().from_pretrained(pretrained_model_name_or_path, **options)
+        download = {name: options.pop(name) for name in hub.OPTIONS if name in options}
+        return super().from_pretrained(hub.downloaded(pretrained_model_name_or_path, download), **options)
 
     @classmethod
     def _from_pretrained(
@@ -208,16 +209,15 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
         backbone: str = "",
         vision_backbone: str = "",
         language_backbone: str = "",
-        **download,
+        **mixin,
     ):
         """What from_pretrained calls. Strict, where the mixin would leave unmatched weights random without a word.
 
         backbone, vision_backbone, language_backbone: where the weights under adapters lie now, if not where they were.
         """
+        if unknown := sorted(mixin.keys() - set(hub.OPTIONS)):  # the mixin gives its own always
+            raise TypeError(f"from_pretrained has no option {', '.join(unknown)}")
         folder = Path(model_id)
-        if not folder.is_dir():
-            download = {name: download.get(name) for name in ("revision", "cache_dir", "token", "local_files_only")}
-            folder = Path(snapshot_download(model_id, **download))
         settings = from_dict(PolicyConfig, config, str(folder / "config.json"))
         moved = {"backbone": backbone, "vision_backbone": vision_backbone, "language_backbone": language_backbone}
         moved = {n: str(Path(p).resolve() if Path(p).is_dir() else p) for n, p in moved.items() if p}
