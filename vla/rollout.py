@@ -27,7 +27,7 @@ from vla import InputError, keyed, sim
 from vla.config import MovedConfig
 from vla.log import gif
 from vla.model.policy import VLAPolicy
-from vla.model.spec import PolicyConfig, check
+from vla.model.spec import PolicyConfig
 from vla.options import check_policy, run_folder, within
 from vla.sim.episodes import Episode, Lane, film_fps
 from vla.workers import Workers
@@ -215,8 +215,10 @@ def main(config: RolloutConfig) -> None:
         count = 10 * len(tasks) if len(tasks) > 1 else 100
     within("episodes", count, 1, None)
     within("batch_size", config.batch_size, 1, None)
-    for name in ("seed", "n_action_steps", "workers", "image_size"):
+    within("seed", config.seed, 0, 2**32 - 1)
+    for name in ("n_action_steps", "workers", "image_size"):
         within(name, getattr(config, name) or 0, 0, None)
+    within("ensemble", config.ensemble or 0, -1, None)
     shown = [i for i in config.gif_episodes if 0 <= i < count] if config.gif else []
     if config.gif and not shown:
         found = " ".join(map(str, config.gif_episodes))
@@ -235,9 +237,9 @@ def main(config: RolloutConfig) -> None:
     policy = VLAPolicy.from_pretrained(config.policy, **config.moved()).to(config.device)
     dataset = check_fits(policy.config, config.env, config.dataset)
     policy.drive(dataset)
+    within("n_action_steps", config.n_action_steps, 0, policy.config.model.chunk_size)
     steps = config.n_action_steps or policy.config.model.n_action_steps
     policy.config = replace(policy.config, model=replace(policy.config.model, n_action_steps=steps))
-    check(policy.config)
 
     seeds = list(range(config.seed, config.seed + count))
     workers = processes(world) if config.workers is None else config.workers
