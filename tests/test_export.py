@@ -1,5 +1,6 @@
 """Weights on their way into a policy and out of it."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from training import after, run_module, train
 
 from vla import InputError
 from vla.data.stats import statistics
-from vla.export import export, init_from
+from vla.export import ExportConfig, export, init_from, main
 from vla.model import VLAPolicy
 from vla.saver import Saver
 
@@ -219,3 +220,43 @@ def test_export_that_finds_no_room_is_told_in_one_line_and_leaves_nothing_half_w
         (child,) = run_module("vla.export", run)
         child.ok()
         assert (run / "export/model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ("nothere", "nothere is not there; give the folder of a run, or a checkpoint of it"),
+        ("nothere/best", "nothere/best is not there; give"),
+        ("run/export", "run/export is an export already; give"),
+        ("run/config.json", "run/config.json is no run; give"),
+    ],
+)
+def test_what_is_neither_a_run_nor_a_checkpoint_is_not_exported(trained, source, told):
+    run, _ = trained
+    with pytest.raises(InputError, match=f"/{told}"):
+        main(ExportConfig(str(run.parent / source)))
+
+
+def test_folder_that_cannot_be_replaced_is_refused(trained, tmp_path, monkeypatch):
+    run, _ = trained
+    (tmp_path / "here").mkdir()
+    (tmp_path / "disk").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with mounted(tmp_path / "disk", "size=20m"):
+        for out in (".", "../here", "../disk"):
+            with pytest.raises(InputError, match=f"^{re.escape(out)} is the current folder or a mounted one, which"):
+                main(ExportConfig(str(run), out))
+    assert not list((tmp_path / "here").iterdir())
+    main(ExportConfig(str(run), "export"))
+    assert VLAPolicy.from_pretrained("export")
+
+
+def test_folder_that_a_link_leads_to_is_replaced_and_the_link_stays(checkpoint, tmp_path):
+    (tmp_path / "elsewhere/policy").mkdir(parents=True)
+    (tmp_path / "elsewhere/policy/old.txt").write_text("of an earlier export")
+    (tmp_path / "export").symlink_to(tmp_path / "elsewhere/policy")
+    export(checkpoint, tmp_path / "export", "Trained for 7 steps.")
+    assert (tmp_path / "export").is_symlink()
+    files = {"config.json", "model.safetensors", "README.md"}
+    assert {file.name for file in (tmp_path / "elsewhere/policy").iterdir()} == files
+    assert [file.name for file in (tmp_path / "elsewhere").iterdir()] == ["policy"]

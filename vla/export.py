@@ -36,6 +36,7 @@ def export(source: Path, out: Path, summary: str, merge: bool = False, **moved: 
     but for adapters: these need the weights under them where --model.backbone found them, or `merge`. moved: where they
     lie now (see VLAPolicy.from_pretrained). Raises NotSaved, having changed nothing, if it cannot be written.
     """
+    out = out.resolve()  # a link to a folder stays, and the folder is replaced
     policy = VLAPolicy.from_pretrained(source, **moved)
     if files(source, "ema"):
         average, own = Rows.of(source, "ema"), policy.state_dict()
@@ -213,8 +214,14 @@ class ExportConfig(MovedConfig):
 def main(config: ExportConfig) -> None:
     path = Path(config.source)
     run_dir = run_folder(path)
+    if not (run_dir / "checkpoints").is_dir() and checkpoint.wanted(config.source) in ("", "best"):
+        found = "is no run" if path.exists() else "is not there"
+        found = "is an export already" if (path / "model.safetensors").is_file() else found
+        raise InputError(f"{path} {found}; give the folder of a run, or a checkpoint of it")
     source = checkpoint.find(config.source if path != run_dir else str(path / "best"), run_dir / "checkpoints")
     out = Path(config.out or run_dir / ("merged" if config.merge else "export"))
+    if out.resolve() == Path.cwd() or out.is_mount():
+        raise InputError(f"{out} is the current folder or a mounted one, which cannot be replaced; choose one in it")
     own = {"config.json", "model.safetensors", "README.md", "backbone"}
     if out.is_file() or {path.name for path in out.glob("*")} - own:
         raise InputError(f"{out} holds other things than an export, which replaces it whole; choose another folder")
