@@ -253,11 +253,21 @@ DAMAGED = {
     "without one of the weights": (reshaped(None), LACKING),
     "with a weight of another shape": (reshaped((3,)), LACKING),
     "without an image processor": (without("preprocessor_config.json"), "preprocessor_config.json cannot be read"),
-    "without the size of images": (edited("preprocessor_config.json", size=None, max_image_size=None), "has the size"),
-    "without colours": (edited("preprocessor_config.json", image_mean=None), "lacks image_mean or image_std"),
+    "without the size of images": (
+        edited("preprocessor_config.json", size=None, max_image_size=None),
+        "^preprocessor_config.json of the backbone has the size",
+    ),
+    "without colours": (
+        edited("preprocessor_config.json", image_mean=None),
+        "^preprocessor_config.json of the backbone lacks image_mean or image_std",
+    ),
     "with images that patches do not divide": (
         edited("preprocessor_config.json", max_image_size={"longest_edge": 40}),
-        "images of 40x40 cannot be cut into the backbone's patches of 16x16",
+        "^images of 40x40 cannot be cut into the backbone's patches of 16x16 pixels; correct the size in prep",
+    ),
+    "with images that it takes as they are and patches do not divide": (
+        edited("preprocessor_config.json", do_resize=False),
+        "^images of 40x40 cannot be cut into the backbone's patches of 16x16 pixels; give --data.image_size",
     ),
     "without a tokenizer": (without("tokenizer.json"), "tokenizer cannot be read"),
     "with the tokenizer of another model": (
@@ -274,7 +284,7 @@ def test_model_is_refused(damage, originals, tmp_path):
     flags = moved(originals("smolvlm"), tmp_path)
     edit(tmp_path / "backbone")
     with pytest.raises(InputError, match=told) as refusal:
-        policy_on(flags)
+        policy_on(flags, image_size=(40, 40))
     assert "\n" not in str(refusal.value)
 
 

@@ -28,12 +28,13 @@ class Pixels(nn.Module):
         """kind: model_type of what takes the pixels. image_size: (h, w). patch: H and W have to be multiples of it."""
         super().__init__()
         self.size = tuple(image_size)
+        cure = "give --data.image_size in multiples of that"
         if processor.get("do_resize", True):
-            self.size = target_size(processor, self.size, patch)
+            self.size, cure = target_size(processor, self.size, patch), "correct the size in preprocessor_config.json"
         if any(size % patch for size in self.size):
             raise InputError(
                 f"images of {self.size[0]}x{self.size[1]} cannot be cut into the backbone's patches of {patch}x{patch} "
-                "pixels; give --data.image_size in multiples of that"
+                f"pixels; {cure}"
             )
         self.resizing, self.rounding = self.size != tuple(image_size), kind != "dinov3_vit"
         resample = processor.get("resample", FILTERS.get(kind, 3))

@@ -327,6 +327,8 @@ def _pixels(originals: Originals, flag: str, *sizes) -> Pixels:
     """The preprocessing of a model. Raises InputError for a preprocessor_config.json that cannot be used."""
     try:
         return Pixels(originals.processor(flag), *sizes)
+    except InputError:
+        raise
     except (AttributeError, KeyError, TypeError, ValueError) as failure:
         raise InputError(
             f"preprocessor_config.json of --model.{flag} cannot be used ({type(failure).__name__}: {failure}); "
