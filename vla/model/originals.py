@@ -149,7 +149,7 @@ def _drop_nothing(model: nn.Module) -> nn.Module:
     """The model without dropout, stochastic depth and layers left out at random, which know no key of a sample."""
     for module in model.modules():
         for place in (module, getattr(module, "config", module)):  # some read it there at each call
-            for name, value in list(vars(place).items()):
+            for name, value in [*getattr(place, "__dict__", {}).items()]:  # code of a model may keep a plain dict
                 dropout = "drop" in name or (name == "p" and "Dropout" in type(module).__name__)
                 if dropout and isinstance(value, float):
                     setattr(place, name, 0.0)
