@@ -14,18 +14,18 @@ import pytest
 from lerobot_sets import LENGTHS, made_up, numbers, write
 
 from vla import InputError
-from vla.data.hub import dataset_name, downloaded
 from vla.data.lerobot import LeRobotDataset
+from vla.hub import dataset, dataset_name
 
 NOBODY = "http://127.0.0.1:9"  # an address where no one answers
 # Downloads the data sets it is given, and prints the folder or what was wrong, a line for each.
 DOWNLOAD = """
 import json, sys
 from vla import InputError
-from vla.data.hub import downloaded
+from vla.hub import dataset
 for path in sys.argv[1:]:
     try:
-        print(json.dumps({"folder": str(downloaded(path))}))
+        print(json.dumps({"folder": str(dataset(path))}))
     except InputError as error:
         print(json.dumps({"error": str(error)}))
 """
@@ -184,7 +184,7 @@ def test_what_cannot_be_downloaded_is_refused_at_once_with_the_reason(hub, downl
         assert time.monotonic() - began < 20
         for path, line in zip(paths, lines, strict=True):
             assert line["error"].startswith(f"{path} is no folder here, and could not be downloaded from the Hugging")
-            assert line["error"].endswith(": check --data.path, or the network, or log in if the data set is private")
+            assert line["error"].endswith(": check --data.path, or the network, or log in if it is private")
         return [line["error"] for line in lines]
 
     unknown, no_revision = told("data/typo", "me/cubes@nowhere")
@@ -199,7 +199,7 @@ def test_what_cannot_be_downloaded_is_refused_at_once_with_the_reason(hub, downl
 @pytest.mark.parametrize("path", ["typo", "./typo", "../typo", "/nowhere/typo", "data/sets/typo", "data/"])
 def test_path_that_can_only_be_a_folder_is_not_looked_for_on_the_hub(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert downloaded(path) == Path(path)
+    assert dataset(path) == Path(path)
     with pytest.raises(InputError, match=r"meta/info.json cannot be read .*No such file.*: check --data.path"):
         LeRobotDataset(path)
 

@@ -241,16 +241,16 @@ def test_root_that_is_a_link_is_written_where_it_points_to(tmp_path, there):
 
 @pytest.mark.parametrize("codec", ["png", "h264"])
 def test_numbers_of_any_type_are_written_as_the_format_has_them(tmp_path, codec):
-    numbers = {"fps": 10, "chunks_size": 2, "data_files_size_in_mb": 0.5, "video_files_size_in_mb": 3}
-    others = {"fps": np.float64(10), "chunks_size": np.int64(2), "data_files_size_in_mb": np.float32(0.5)}
+    numbers = {"fps": 12.5, "chunks_size": 2, "data_files_size_in_mb": 0.5, "video_files_size_in_mb": 3}
+    others = {"fps": np.float32(12.5), "chunks_size": np.int64(2), "data_files_size_in_mb": np.float32(0.5)}
     others |= {"video_files_size_in_mb": np.uint8(3)}
     for name, given in {"plain": numbers, "others": others}.items():
         with writer(tmp_path / name, codec=codec, **given) as out:
             out.add_episode(**episode(0))
     assert read_meta(tmp_path / "others") == read_meta(tmp_path / "plain")
-    for name, value in {"fps": 2.5, "chunks_size": 0}.items():
-        with pytest.raises(InputError, match=f"{name} is {value}, expected a whole number above 0"):
-            writer(tmp_path / "refused", **{name: value})
+    for wrong in ({"fps": 0}, {"fps": np.nan}, {"chunks_size": 2.5}, {"chunks_size": 0}):
+        with pytest.raises(InputError, match=r"fps is .* and chunks_size .*, expected numbers above 0, the second who"):
+            writer(tmp_path / "refused", **wrong)
 
 
 def test_root_that_another_process_is_writing_is_refused_and_left_alone(tmp_path):

@@ -6,6 +6,7 @@ Dimensions: L frames of one episode, h and w of an image.
 import io
 import os
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
 import av
@@ -39,7 +40,7 @@ class Pictures:
     dtype = "uint8"  # of the pictures
 
 
-def encode(images: np.ndarray, codec: Literal["png", "av1", "h264"], fps: int) -> Pictures:
+def encode(images: np.ndarray, codec: Literal["png", "av1", "h264"], fps: float) -> Pictures:
     """One camera's pictures of an episode, uint8 [L, 3, h, w], as add_episode takes them in place of the array.
 
     It is what takes time in writing; where several processes make episodes, each can do it for its own.
@@ -49,7 +50,7 @@ def encode(images: np.ndarray, codec: Literal["png", "av1", "h264"], fps: int) -
     return Pictures(codec, images.shape, data, ends, _histogram(images[::IMAGE_STATISTICS_STRIDE]))
 
 
-def image_feature(codec: str, fps: int, h: int, w: int) -> dict:
+def image_feature(codec: str, fps: float, h: int, w: int) -> dict:
     """What meta/info.json says of pictures that are stored so."""
     feature = {"dtype": "image", "names": ["channels", "height", "width"], "shape": [3, h, w]}
     if codec in ENCODERS:
@@ -59,12 +60,14 @@ def image_feature(codec: str, fps: int, h: int, w: int) -> dict:
     return feature
 
 
-def _video(images: np.ndarray, codec: str, fps: int) -> bytes:
+def _video(images: np.ndarray, codec: str, fps: float) -> bytes:
     """A video of one episode, uint8 [L, 3, h, w], with an encoder of its own, so that it begins with a key frame."""
     file = io.BytesIO()
     name, options = ENCODERS[codec]
     with av.open(file, "w", format="mp4") as container:
-        stream = container.add_stream(name, rate=fps, options=options, pix_fmt=PIX_FMT)
+        stream = container.add_stream(
+            name, rate=Fraction(fps).limit_denominator(10_000), options=options, pix_fmt=PIX_FMT
+        )
         stream.height, stream.width = images.shape[2:]
         # The colours that frames are converted to; unsaid, a player takes others for large images.
         stream.codec_context.colorspace = Colorspace.ITU601

@@ -10,9 +10,8 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from vla import InputError, keyed
+from vla import InputError, hub, keyed
 from vla.config import DataConfig
-from vla.data.hub import dataset_name
 from vla.data.lerobot import LeRobotDataset
 from vla.data.selection import Selection
 
@@ -78,7 +77,7 @@ def open_datasets(config: DataConfig) -> Mixture:
         )
     if bad := [weight for weight in config.weights if not 0 < weight < math.inf]:
         raise InputError(f"--data.weights has {bad[0]}; expected more than 0 (leave the data set out)")
-    names = [dataset_name(path) for path in config.path]
+    names = [hub.dataset_name(path) for path in config.path]
     if len(set(names)) < len(names):
         raise InputError(f"--data.path has data sets of one name, {', '.join(names)}: rename a folder")
     chosen = {"cameras": config.cameras, "some_cameras": len(names) > 1, "image_size": config.image_size or None}

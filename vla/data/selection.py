@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from vla import InputError
-from vla.data.hub import dataset_name, downloaded
+from vla import InputError, hub
 from vla.data.layout import Layout, read_layout
 
 MOST_NUMBERS = 10_000  # of a frame; more are a mistake in the metadata
@@ -35,8 +34,8 @@ class Selection:
         action: tuple[str, ...] = (),
         image_size: tuple[int, int] | None = None,
     ):
-        self.name = dataset_name(root)
-        self.layout = layout = read_layout(downloaded(root))
+        self.name = hub.dataset_name(root)
+        self.layout = layout = read_layout(hub.dataset(root))
         short = {
             key: key.removeprefix("observation.").removeprefix("images.").removeprefix("image.")
             for key in layout.cameras()

@@ -6,6 +6,7 @@ Dimensions: L frames of one episode, P state, A action, h and w of an image.
 import fcntl
 import io
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -56,7 +57,7 @@ class LeRobotWriter:
         self,
         root: str | Path,
         *,
-        fps: int,
+        fps: float,
         cameras: dict[str, tuple[int, int]],
         state_names: list[str],
         action_names: list[str],
@@ -68,10 +69,8 @@ class LeRobotWriter:
     ):
         self.root = Path(root).resolve()  # a link stays: the folder it points to is replaced
         self._check_root()
-        for name, value in {"fps": fps, "chunks_size": chunks_size}.items():
-            if not value >= 1 or value != int(value):
-                raise InputError(f"{name} is {value}, expected a whole number above 0")
-        fps, chunks_size = int(fps), int(chunks_size)  # of NumPy's, JSON takes none
+        if not 0 < fps < math.inf or not 1 <= chunks_size < math.inf or chunks_size != int(chunks_size):
+            raise InputError(f"fps is {fps} and chunks_size {chunks_size}, expected numbers above 0, the second whole")
         if codec != "png" and codec not in ENCODERS:
             raise InputError(f"codec is {codec!r}, expected one of {['png', *ENCODERS]}")
         for name, (h, w) in cameras.items():
@@ -82,16 +81,17 @@ class LeRobotWriter:
         self.codec = codec
         self.cameras = {name: f"observation.images.{name}" for name in cameras}
         self.features = {
-            self.cameras[name]: image_feature(codec, fps, int(h), int(w)) for name, (h, w) in cameras.items()
+            self.cameras[name]: image_feature(codec, _plain(fps), int(h), int(w)) for name, (h, w) in cameras.items()
         }
         for key, names in {"observation.state": state_names, "action": action_names}.items():
             self.features[key] = {"dtype": "float32", "shape": [len(names)], "names": list(names)}
         indices = dict.fromkeys(("frame_index", "episode_index", "index", "task_index"), "int64")
         for key, dtype in {"timestamp": "float32", **indices}.items():
             self.features[key] = {"dtype": dtype, "shape": [1], "names": None}
-        self.info = {"codebase_version": "v3.0", "robot_type": robot_type, "fps": fps, "chunks_size": chunks_size}
-        sizes = {"data_files_size_in_mb": data_files_size_in_mb, "video_files_size_in_mb": video_files_size_in_mb}
-        self.info |= {name: int(size) if size == int(size) else float(size) for name, size in sizes.items()}
+        numbers = {"fps": fps, "chunks_size": chunks_size}
+        numbers |= {"data_files_size_in_mb": data_files_size_in_mb, "video_files_size_in_mb": video_files_size_in_mb}
+        self.info = {"codebase_version": "v3.0", "robot_type": robot_type}
+        self.info |= {name: _plain(number) for name, number in numbers.items()}
         self.info |= {"data_path": DATA_PATH, "video_path": VIDEO_PATH if codec in ENCODERS else None}
         self.info |= {"features": self.features}
         self._num_files = self._num_episodes = self._num_frames = 0
@@ -341,6 +341,11 @@ class _VideoFiles:
     def close(self) -> None:
         if self.container is not None:
             self.container.close()
+
+
+def _plain(number: float) -> int | float:
+    """Of a type that JSON has, which NumPy's are not."""
+    return int(number) if number == int(number) else float(number)
 
 
 def _place(number: int, info: dict) -> dict[str, int]:

@@ -20,9 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vla import InputError, keyed
+from vla import InputError, hub, keyed
 from vla.config import LoraConfig
-from vla.model import backbone, encoders, hub, observation, pretrained
+from vla.model import backbone, encoders, observation, pretrained
 from vla.model.graph import Graph
 from vla.model.heads import HEADS
 from vla.model.lora import add_adapters, merge_adapters, submodule
@@ -197,7 +197,7 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
         """The policy in a folder (export, checkpoint), or of a name on the hub. options: below, hub.OPTIONS."""
         check_policy(pretrained_model_name_or_path)
         download = {name: options.pop(name) for name in hub.OPTIONS if name in options}
-        return super().from_pretrained(hub.downloaded(pretrained_model_name_or_path, download), **options)
+        return super().from_pretrained(hub.policy(pretrained_model_name_or_path, download), **options)
 
     @classmethod
     def _from_pretrained(
