@@ -272,11 +272,12 @@ def find(resume_from: str, folder: Path, passed_over: Iterable[Path] = ()) -> Pa
     none is good, never falling back to a fresh start.
     """
     if (name := wanted(resume_from)) not in ("", "best"):
-        if not Path(resume_from).exists():
+        path = Path(resume_from).resolve()
+        if not (path.exists() and NAME.fullmatch(name)):
             there = ", ".join(map(str, all_steps(folder)))
             raise InputError(f"{resume_from} is not there; there are the steps {there}")
-        verify(Path(resume_from))
-        return Path(resume_from)
+        verify(path)
+        return path
     best_wanted, good = name == "best", []
     for path in reversed(all_steps(folder).values()):
         if path in passed_over:
@@ -304,9 +305,9 @@ def find(resume_from: str, folder: Path, passed_over: Iterable[Path] = ()) -> Pa
 
 
 def wanted(resume_from: str) -> str:
-    """The name of the checkpoint that --resume_from means: step_…, best, or none for the newest of a run."""
-    path = Path(resume_from)
-    return path.name if run_folder(path) != path and (path.name == "best" or NAME.fullmatch(path.name)) else ""
+    """The name of the checkpoint that --resume_from means: step_…, best, or "" for the newest of a run."""
+    path = Path(resume_from).resolve()
+    return path.name if path.name != "checkpoints" and run_folder(path) != path else ""
 
 
 def together(accelerator: Accelerator, act: Callable[[], T]) -> T:

@@ -162,9 +162,15 @@ def resume_folder(config: TrainConfig) -> Path | None:
 
 
 def run_folder(path: Path) -> Path:
-    """The run to which a path belongs: itself, RUN/best, RUN/checkpoints or one checkpoint of it."""
-    if (path / "config.json").is_file() and (path / "checkpoints").is_dir():
-        return path
+    """The run to which a path belongs: itself, RUN/best, RUN/checkpoints or one checkpoint of it; or a link to one."""
+    for run in (path, _above(path), _above(path.resolve())):  # a name typed within the run has no parents of its own
+        if (run / "config.json").is_file() and (run / "checkpoints").is_dir():
+            return run
+    return path if run == path.resolve() else run
+
+
+def _above(path: Path) -> Path:
+    """What a path says of its run: what lies above a checkpoint and the folder of checkpoints."""
     if path.name == "best" or path.name.startswith("step_"):
         path = path.parent
     return path.parent if path.name == "checkpoints" else path
