@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from saving import checkpoints_of, commit, small_training, state_of
-from training import in_children
+from training import flip, in_children
 
 import vla.saver
-from vla import NotSaved, checkpoint, checkpoints
+from vla import InputError, NotSaved, checkpoint, checkpoints
 from vla.config import CheckpointConfig
 
 # ---- Crashes.
@@ -243,6 +243,28 @@ def test_checkpoint_that_cannot_be_read_now_is_kept_by_rotation_and_prune(tmp_pa
     checkpoints.prune(tmp_path, CheckpointConfig(keep=1), good, damaged)
     assert re.search("unreadable now\n.*\nstep 3: optimizer.bin cannot be read", capsys.readouterr().out)
     assert list(checkpoint.all_steps(tmp_path)) == [3, 4]
+
+
+def test_checkpoint_that_holds_a_file_of_others_is_kept_by_rotation_and_prune(tmp_path, caplog):
+    def save(_):
+        training = small_training()
+        for step in (1, 2, 3):
+            commit(training, tmp_path, step, keep=9)
+            (tmp_path / f"step_{step:08d}/.DS_Store").touch()
+        damage(tmp_path / "step_00000002")
+        commit(training, tmp_path, 4)
+
+    in_children(save)[0].ok()
+    assert list(checkpoint.all_steps(tmp_path)) == [1, 3, 4]
+    good, damaged, *_ = checkpoints.look(tmp_path, hashes=True)
+    checkpoints.prune(tmp_path, CheckpointConfig(keep=1), good, damaged)
+    assert list(checkpoint.all_steps(tmp_path)) == [1, 3, 4]
+    with pytest.raises(InputError, match=r"step_00000003 holds \.DS_Store, .*: remove it"):
+        checkpoint.find(str(tmp_path / "step_00000003"), tmp_path)
+    flip(tmp_path / "step_00000004/model.safetensors")
+    (tmp_path / "step_00000001/.DS_Store").unlink()
+    assert checkpoint.find(str(tmp_path), tmp_path) == tmp_path / "step_00000001"
+    assert re.search(r"step_00000003 holds \.DS_Store, .*: remove it", caplog.text)
 
 
 @pytest.mark.parametrize("case", ["older", "replaced"])

@@ -48,7 +48,7 @@ T = TypeVar("T")
 
 
 class Unreadable(InputError):
-    """A checkpoint that could not be read this time, which does not prove that it is damaged."""
+    """A checkpoint that cannot be loaded as things are, which does not prove that it is damaged."""
 
 
 # ---- The folder of a run.
@@ -157,7 +157,7 @@ def commit(temporary: Path, final: Path, others: dict[str, dict]) -> int:
 
 
 def rotate(folder: Path, state: dict, config: CheckpointConfig, is_good: Callable[[Path], bool]) -> None:
-    """Delete all but the newest good ones, the best, those to keep for good, and those that cannot be read now.
+    """Delete all but the newest good ones, the best, those to keep for good, and those that cannot be loaded now.
 
     is_good: raises Unreadable for one of these. Call it after committing and verifying step state["step"]. Checkpoints
     of later steps are deleted too: they are of a future that was left by resuming from before it.
@@ -238,8 +238,8 @@ def verify(path: Path, hashed: Container[str] | None = None) -> None:
         raise _unread(failure, f"{path} is no whole checkpoint: {problem}") from None
     if missing := _needed(listed) - listed.keys():
         raise InputError(f"{path} is no whole checkpoint: MANIFEST.json does not list {', '.join(sorted(missing))}")
-    if strange := there.keys() ^ {*listed, "MANIFEST.json"} | {name for name, is_file in there.items() if not is_file}:
-        raise InputError(f"{path} does not hold what its MANIFEST.json lists: look at {', '.join(sorted(strange))}")
+    if strange := sorted(name for name in {*listed, "MANIFEST.json"} if not there.get(name)):
+        raise InputError(f"{path} does not hold what its MANIFEST.json lists: look at {', '.join(strange)}")
     hashed = listed if hashed is None else hashed
     for name, (size, digest) in listed.items():
         file = path / name
@@ -248,6 +248,8 @@ def verify(path: Path, hashed: Container[str] | None = None) -> None:
                 raise InputError(f"{file} is damaged: its size or hash is not the manifest's")
         except OSError as failure:
             raise _unread(failure, f"{file} cannot be read: {failure}") from None
+    if added := sorted(there.keys() - listed.keys() - {"MANIFEST.json"}):  # what is listed is intact
+        raise Unreadable(f"{path} holds {', '.join(added)}, which its MANIFEST.json does not list: remove it")
 
 
 def _unread(failure: Exception, text: str) -> InputError:
@@ -291,7 +293,8 @@ def find(resume_from: str, folder: Path, passed_over: Iterable[Path] = ()) -> Pa
             return path
         good.append(path)
     if not good:
-        raise InputError(f"{folder} holds no good checkpoint to resume from; start a new run in another --run_dir")
+        cure = "mend what the warnings name, or start a new run in another --run_dir"
+        raise InputError(f"{folder} holds no good checkpoint to resume from; {cure}")
     newest = read_state(good[0])
     while found := best(newest, good) if newest["metric"] else next(iter(good), None):  # the last, if none was judged
         try:
