@@ -71,7 +71,8 @@ def prepare(run_dir: Path, resuming: bool, rank: int) -> Path:
         lock(run_dir)
         put_back(folder)
         for path in left_over(folder):
-            shutil.rmtree(path)
+            with _spared(path):
+                shutil.rmtree(path)
         _check_begun(run_dir, resuming)  # again: the job that was waited for may have saved
     return folder
 
@@ -172,7 +173,8 @@ def rotate(folder: Path, state: dict, config: CheckpointConfig, is_good: Callabl
             logger.warning("%s; it is kept", failure)
             unreadable.add(path)
     for path in set(paths.values()) - unreadable - to_keep(good, state, config) if good else ():
-        delete(path)
+        with _spared(path):
+            delete(path)
 
 
 def to_keep(good: list[Path], state: dict, config: CheckpointConfig) -> set[Path]:
@@ -195,6 +197,15 @@ def best(state: dict, good: list[Path]) -> Path | None:
         if saved["evaluated"] == saved["step"] and alike and saved["score"] is not None:
             scores[path] = saved["score"]
     return min(scores, key=scores.get, default=None)
+
+
+@contextlib.contextmanager
+def _spared(path: Path):
+    """Around a deletion: one that fails costs room and a warning."""
+    try:
+        yield
+    except OSError as failure:
+        logger.warning("warning: %s cannot be deleted (%s); delete it by hand", path, in_one_line(failure))
 
 
 def delete(path: Path) -> None:

@@ -199,7 +199,10 @@ class Saver:
             checkpoint.put_back(self.folder)
             raise
         self.good.add(final)
-        checkpoint.rotate(self.folder, state, self.config, self._is_good)
+        try:
+            checkpoint.rotate(self.folder, state, self.config, self._is_good)
+        except (OSError, InputError) as failure:  # the save is committed all the same
+            logger.warning("warning: old checkpoints are kept (%s)", checkpoint.in_one_line(failure))
         seconds = time.perf_counter() - began
         return [{"save/blocked_seconds": blocked, "save/commit_seconds": seconds, "save/bytes": size}]
 
