@@ -145,6 +145,26 @@ def test_signal_before_there_is_anything_to_save_ends_the_process_at_once(flags,
     assert (tmp_path / "run/REQUEUE").read_text() == "stopped at once by SIGTERM\n"
 
 
+@pytest.mark.parametrize("lost", ["the run's folder", "the terminal"])
+def test_second_signal_ends_a_process_that_can_write_nothing_any_more(lost, flags, tmp_path):
+    def hang():
+        if lost == "the terminal":
+            reading, writing = os.pipe()
+            os.close(reading)
+            os.dup2(writing, 2)
+        else:
+            (tmp_path / "run").rename(tmp_path / "moved")
+        for _ in range(2):
+            os.kill(os.getpid(), TERM)
+            time.sleep(guard.COPIES + 0.5)
+        time.sleep(30)
+
+    (child,) = train(*flags, "--run_dir", tmp_path / "run", before=at_step(8, hang))
+    assert child.code == 128 + TERM
+    if lost == "the run's folder":
+        assert re.search("^warning: .*REQUEUE cannot be written", child.stderr, re.M)
+
+
 @pytest.mark.parametrize(("first", "second"), [(TERM, TERM), (USR1, INT), (INT, INT)])
 def test_second_signal_ends_even_a_process_that_waits_for_another_at_once(first, second, flags, tmp_path):
     def hook(found):

@@ -68,7 +68,10 @@ class Signals:
 
     def mark(self, text: str) -> None:
         """Tell a scheduler that the run is worth starting again."""
-        self.marker.write_text(text + "\n")
+        try:
+            self.marker.write_text(text + "\n")
+        except OSError as failure:  # who cannot write can still stop
+            _write(f"\nwarning: {self.marker} cannot be written ({failure})\n")
 
     def _listen(self) -> None:
         while True:
@@ -83,14 +86,19 @@ class Signals:
             return
         if latest is not None or not self.saves:
             self.mark(f"stopped at once by {name}")
-            os.write(2, f"\nstopped at once by {name}; checkpoints that were committed are intact\n".encode())
+            _write(f"\nstopped at once by {name}; checkpoints that were committed are intact\n")
             os._exit(128 + number)
         self.when[name] = now
         if self.received:
             return
         self.received = name
         if int(os.environ.get("RANK", 0)) == 0:
-            os.write(2, f"\n{name}: will save and stop; send it again to stop at once, without saving\n".encode())
+            _write(f"\n{name}: will save and stop; send it again to stop at once, without saving\n")
+
+
+def _write(text: str) -> None:
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        os.write(2, text.encode())
 
 
 class Sign(NamedTuple):
