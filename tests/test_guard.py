@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from saving import fill, mounted
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training import (
     after,
@@ -199,6 +200,26 @@ def test_checkpoint_before_a_streak_is_kept_while_the_run_may_go_back_to_it(unin
     assert stopped.ok()
     assert 4 in steps(run)
     assert_resumes_to(run, uninterrupted(*own, before=hook), before=hook)
+
+
+def test_run_goes_back_on_a_full_disk_and_its_log_is_whole_when_there_is_room_again(uninterrupted, flags, tmp_path):
+    run, log_file = tmp_path / "run", tmp_path / "run/metrics.jsonl"
+
+    def no_room():
+        line = b'{"step": 2, "save/pad": "%s"}\n'
+        with log_file.open("ab") as file:  # to the end of its block
+            file.write(line % (b"-" * (-(log_file.stat().st_size + len(line) - 2) % 4096)))
+        fill(run)
+
+    for folder in (run, tmp_path / "checkpoints"):
+        folder.mkdir()
+    with mounted(run, "size=20m"):
+        (run / "checkpoints").symlink_to(tmp_path / "checkpoints")  # has room
+        full = both(at_step(3, no_room), at_step(13, (run / "filler").unlink))
+        (child,) = train(*flags, *GUARD, "--run_dir", run, before=both(SPOILED, full))
+        assert "going back" in child.ok().stderr
+        assert child.stderr.count("warning: metrics wait until ") == 1
+        assert metrics(run) == metrics(uninterrupted(*GUARD, before=SPOILED))
 
 
 def die_at_line(number):

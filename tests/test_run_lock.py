@@ -8,7 +8,7 @@ import signal
 import socket
 
 import pytest
-from saving import checkpoints_of
+from saving import checkpoints_of, fill, mounted
 from training import after, in_children, train
 
 from vla import InputError, checkpoint
@@ -94,6 +94,12 @@ def test_killed_job_frees_its_run_at_once_even_if_its_workers_live_on(tmp_path):
             checkpoint.prepare(tmp_path, False, 0)
 
         in_children(next_job)[0].ok()
+
+
+def test_run_on_a_full_disk_can_be_locked(tmp_path):
+    with mounted(tmp_path, "size=1m"):
+        fill(tmp_path)
+        in_children(lambda _: checkpoint.lock(tmp_path))[0].ok()
 
 
 def test_job_that_waited_for_another_does_not_begin_anew_what_that_has_saved(tmp_path):

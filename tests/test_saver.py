@@ -162,7 +162,7 @@ def test_file_that_cannot_grow_fails_the_save_and_nothing_else(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000002"]
 
 
-@pytest.mark.parametrize("place", ["below_a_file", "read_only"])
+@pytest.mark.parametrize("place", ["below_a_file", "read_only", "full"])
 def test_folder_that_cannot_be_written_is_refused_at_start(place, flags, tmp_path):
     run = tmp_path / "place/run"
     if place == "below_a_file":
@@ -170,12 +170,24 @@ def test_folder_that_cannot_be_written_is_refused_at_start(place, flags, tmp_pat
         (child,) = train(*flags, "--run_dir", run)
     else:
         run.parent.mkdir()
-        with mounted(run.parent, "ro"):
+        with mounted(run.parent, "ro" if place == "read_only" else "size=1m"):
+            fill(run.parent)
             (child,) = train(*flags, "--run_dir", run)
     assert child.code == 1
     (line,) = child.stderr.splitlines()
     assert line.startswith(f"error: cannot write to {run}/checkpoints")
     assert "--run_dir" in line
+
+
+def test_disk_that_is_full_while_the_run_starts_is_told_in_one_line(flags, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    with mounted(run, "size=1m"):
+        (child,) = train(*flags, "--run_dir", run, before=lambda _: after(checkpoint, "prepare", lambda *_: fill(run)))
+        assert child.code == 1
+        (line,) = child.stderr.splitlines()
+        assert re.search(f"^error: {run}/config.json cannot be written .*No space left on device.*make room", line)
+        assert sorted(path.name for path in run.iterdir()) == [".lock", "checkpoints", "filler"]
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o002, 0o027, 0o077])

@@ -63,10 +63,10 @@ def prepare(run_dir: Path, resuming: bool, rank: int) -> Path:
     _check_begun(run_dir, resuming)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(1 << 16))
     except OSError as failure:
-        raise InputError(f"cannot write to {folder} ({failure}); choose another --run_dir") from None
+        raise InputError(f"cannot write to {folder} ({failure}); make room, or choose another --run_dir") from None
     if rank == 0:
         lock(run_dir)
         put_back(folder)
@@ -112,8 +112,9 @@ def lock(run_dir: Path, patience: float = 60) -> None:
                 owner = os.read(handle, 1000).decode().strip() or "another process"
                 raise InputError(f"{run_dir} is in use by {owner}; end it, or choose another --run_dir") from None
             time.sleep(0.2)
-    os.truncate(handle, 0)
-    os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    with contextlib.suppress(OSError):  # without a name in it, it is a lock as well
+        os.truncate(handle, 0)
+        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
 
 
 def left_over(folder: Path) -> list[Path]:

@@ -63,6 +63,7 @@ class RunLog:
         self.config, self.steps = config, steps
         self.last: dict[str, float] = {}
         self.since, self.waited, self.steps_since = time.perf_counter(), 0.0, 0
+        self.pending = b""  # lines of metrics.jsonl for which there was no room
         accelerator.log_with = [tracker(name, self.run_dir, first_step) for name in config.log.trackers]
         accelerator.init_trackers("vla")
         if not accelerator.is_main_process:
@@ -103,19 +104,19 @@ class RunLog:
             self.bar.refresh()
 
     def _keep_until(self, step: int, evaluated: bool) -> None:
-        """Open metrics.jsonl with the lines up to a step, and up to its evaluation."""
+        """Open metrics.jsonl with the lines up to a step and its evaluation, among them those that waited for room."""
         path = self.run_dir / "metrics.jsonl"
-        lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
         kept, last = [], {}
-        for line in (line for line in lines if line.endswith("\n")):
+        for line in (line for line in [*lines, *self.pending.splitlines(keepends=True)] if line.endswith(b"\n")):
             try:  # of {"step": 12, "train/loss": …: a long log is read in no time
-                _, _, number, kind, rest = line.split('"', 4)
-                logged = int(number.strip(": ,"))
-                rest.index("}\n")
+                _, _, number, kind, rest = line.split(b'"', 4)
+                logged = int(number.strip(b": ,"))
+                rest.index(b"}\n")
             except ValueError:
                 self.say(f"warning: a damaged line of {path} is left out")
                 continue
-            if logged < step or (logged == step and (evaluated or not kind.startswith("eval/"))):
+            if logged < step or (logged == step and (evaluated or not kind.startswith(b"eval/"))):
                 kept.append(line)
                 last[kind] = line
         self.last = {}
@@ -123,10 +124,16 @@ class RunLog:
             with suppress(ValueError):  # damaged further on
                 self.last |= json.loads(line)
         self.last.pop("step", None)
-        shortened = path.with_suffix(".tmp")
-        shortened.write_text("".join(kept))
-        shortened.replace(path)  # whole or not at all: a run may be killed here again
-        self.file, self.pending = path.open("ab", buffering=0), b""
+        content, shortened, self.pending = b"".join(kept), path.with_suffix(".tmp"), b""
+        try:
+            shortened.write_bytes(content)
+            shortened.replace(path)  # whole or not at all: a run may be killed here again
+        except OSError:  # a full disk: what is to stay up to the first line that is not needs no room
+            shortened.unlink(missing_ok=True)
+            same = next((i for i, (old, new) in enumerate(zip(lines, kept, strict=False)) if old != new), len(lines))
+            self.pending = b"".join(kept[same:])
+        self.file = path.open("ab", buffering=0)
+        self.file.truncate(len(content) - len(self.pending))
 
     @contextmanager
     def waiting_for_data(self):

@@ -135,11 +135,18 @@ def load(path: Path) -> TrainConfig:
 
 
 def save(config: TrainConfig, path: Path) -> None:
-    """Write the configuration as JSON. What belongs to one start only (resume_from) is left out."""
+    """Write the configuration as JSON. What belongs to one start only (resume_from) is left out.
+
+    Raises InputError, the file as it was, if it cannot be written.
+    """
     content = dataclasses.asdict(dataclasses.replace(config, resume_from=""))
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    temporary.replace(path)
+    try:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+        temporary.replace(path)
+    except OSError as failure:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"{path} cannot be written ({failure}); make room, or choose another --run_dir") from None
 
 
 def resume_folder(config: TrainConfig) -> Path | None:
