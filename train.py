@@ -101,11 +101,11 @@ def main(config: TrainConfig) -> None:
         saved, path = restore(learner, resume_from, checkpoints, passed_over)
         if not (path / f"random_states_{rank}.pkl").exists():
             seed_apart(saved["step"])
-        return judge.adopt(saved), path
+        return saved, path
 
     if resuming:
         saved, found = restored(config.resume_from)
-        state |= saved
+        state |= judge.adopt(saved)
         origin = f"resumed from {found}"
     elif rank:
         seed_apart(0)
@@ -132,6 +132,8 @@ def main(config: TrainConfig) -> None:
 
     if later := [str(other) for other in checkpoint.all_steps(checkpoints) if other > first_step]:
         log.say(f"warning: this goes back to before steps {', '.join(later)}; the next saves delete or replace these")
+    if resuming and (warning := judge.forgotten(saved)):
+        log.say(warning)
     if config.optim.warmup_steps >= steps:
         log.say(f"warning: the warm-up (--optim.warmup_steps {config.optim.warmup_steps}) takes the whole run")
 
@@ -163,7 +165,7 @@ def main(config: TrainConfig) -> None:
         except InputError as failure:
             raise FloatingPointError(f"{what}, and there is nothing to go back to ({failure}): {cure}") from None
         log.say(f"{what}: going back to {path}, and on without the samples of these steps")
-        return before | {"rollbacks": state["rollbacks"] + 1, "left_out": [*state["left_out"], window]}
+        return judge.adopt(before) | {"rollbacks": state["rollbacks"] + 1, "left_out": [*state["left_out"], window]}
 
     # ---- The loop. A turn is what is due between two steps, then one optimizer step, from G positions of the stream.
     batches, seconds_before = batches_from(step), state["seconds"]

@@ -211,7 +211,8 @@ class EvalConfig:
     every: int = 1000
     # At most this many held-out frames, evenly spaced.
     samples: int = 2048
-    # What the best checkpoint is chosen by, and early stopping.
+    # What the best checkpoint is chosen by, and early stopping. A run that goes on with another one, or with other
+    # samples or episodes, looks for its best anew.
     metric: Literal["loss", "action_error", "success"] = "loss"
     # Evaluations without improvement until the run stops (0: never).
     patience: int = 0

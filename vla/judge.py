@@ -44,6 +44,17 @@ class Judge:
         """The saved state; as if nothing had been evaluated if that was by another measure, which tells nothing."""
         return saved if saved | self.measure == saved else saved | self.unjudged
 
+    def forgotten(self, saved: dict) -> str:
+        """A warning, if the saved state has a best that `adopt` drops; else nothing."""
+        if saved["best_step"] is None or self.adopt(saved) is saved:
+            return ""
+        before, now = (_by(measure["metric"], measure.get("judged_on", [])) for measure in (saved, self.measure))
+        return (
+            f"warning: this run was judged by {before}, and is now by {now}: the best so far, of step "
+            f"{saved['best_step']}, is no longer kept, and its export will be replaced; stop and export it elsewhere "
+            f"first (python -m vla.export RUN/checkpoints/step_{saved['best_step']:08d} --out FOLDER) if it is wanted"
+        )
+
     def evaluate(self, state: dict, step: int, log: RunLog, go_on: Callable[[], bool]) -> bool | None:
         """Evaluate, log, put the score into the state; true if it is the best so far, None if `go_on()` was false.
 
@@ -80,3 +91,10 @@ class Judge:
 
     def out_of_patience(self, state: dict) -> bool:
         return 0 < self.config.patience <= state["evaluations_since_best"]
+
+
+def _by(metric: str | None, judged_on: list) -> str:
+    if metric is None:
+        return "nothing"
+    what = "episodes" if metric == "success" else "samples"
+    return f"eval/{metric} of {', '.join(str(part) for part in judged_on if part)} {what}"
