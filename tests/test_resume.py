@@ -7,6 +7,7 @@ import sys
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._pytree import tree_leaves
 from training import (
@@ -154,6 +155,19 @@ def test_going_back_to_an_older_checkpoint_abandons_the_newer_ones(flags, tmp_pa
     assert "goes back" not in resumed.stderr
     assert result(run)["step"] == 15
     assert list(series(run, "train/loss")) == list(range(1, 16))
+
+
+def test_run_that_ends_at_an_older_checkpoint_exports_what_it_had_found_by_then(flags, tmp_path):
+    run = tmp_path / "run"
+    train(*flags, "--checkpoint.keep", 9, "--run_dir", run)[0].ok()
+    assert result(run)["best_step"] > 7
+    (child,) = train("--resume_from", run / "checkpoints/step_00000007", "--steps", 7)
+    assert "the best of 7 steps of 12 samples was step 7" in child.ok().stderr
+    assert (result(run)["step"], result(run)["best_step"]) == (7, 7)
+    assert result(run)["best"] == series(run, "eval/loss")[7]
+    assert steps(run) == [5, 7, 10, 14, 15, 16]
+    exported, saved = (load_file(f) for f in (run / "export/model.safetensors", of(run, 7) / "ema.safetensors"))
+    assert all(torch.equal(exported[name], value) for name, value in saved.items())
 
 
 def test_newest_checkpoint_survives_the_rotation_after_going_back(flags, tmp_path):

@@ -65,7 +65,9 @@ def deliver(config: TrainConfig, state: dict, checkpoints: Path, datasets: list[
 
     Which one it was is put into the state, and returned as a line.
     """
-    best, out = checkpoint.find(str(Path(config.run_dir, "best")), checkpoints), Path(config.run_dir, "export")
+    later = [path for step, path in checkpoint.all_steps(checkpoints).items() if step > state["step"]]  # left behind
+    best = checkpoint.find(str(Path(config.run_dir, "best")), checkpoints, later)
+    out = Path(config.run_dir, "export")
     found, metric, lost, judged = checkpoint.read_state(best), state["metric"], "", ""
     if metric and found["step"] != state["best_step"]:  # its save has failed, or it was damaged since
         lost = f"warning: the best, of step {state['best_step']} with eval/{metric} {state['best']:.4g}, was lost\n"
