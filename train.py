@@ -158,10 +158,10 @@ def main(config: TrainConfig) -> None:
                 f"{what}, and the run has gone back {state['rollbacks']} times before (--guard.rollbacks); "
                 f"the last checkpoint is intact: {cure}"
             )
-        guard.go_on("going back")
         later = [path for saved, path in checkpoint.all_steps(checkpoints).items() if saved > window[0]]
         try:
-            before, path = restored(str(checkpoints), later)
+            with guard.unwatched():
+                before, path = restored(str(checkpoints), later)
         except InputError as failure:
             raise FloatingPointError(f"{what}, and there is nothing to go back to ({failure}): {cure}") from None
         log.say(f"{what}: going back to {path}, and on without the samples of these steps")
@@ -246,6 +246,7 @@ def main(config: TrainConfig) -> None:
         log.saves(step, *saver.report())
 
     saver.finish()
+    guard.watchdog.close()  # all is saved, and an export takes as long as it takes
     log.saves(step, *saver.report())
 
     # ---- The end: the best weights as one folder, and the result; or a mark that there is more to do.
@@ -267,7 +268,6 @@ def main(config: TrainConfig) -> None:
         checkpoint.together(accelerator, finish)
     log.close()
     accelerator.wait_for_everyone()
-    guard.watchdog.close()
     output = loss = model = None  # they hold DDP too
     learner.close()
     accelerator.end_training()

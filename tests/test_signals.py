@@ -10,6 +10,7 @@ import time
 
 import psutil
 import pytest
+from test_guard import spoil
 from training import (
     LAUNCH,
     TWO_PROCESSES,
@@ -34,7 +35,7 @@ from training import (
     wait_for_step,
 )
 
-from vla import checkpoint, guard
+from vla import checkpoint, export, guard, restore
 from vla.data.lerobot import LeRobotDataset
 from vla.data.stream import Samples
 from vla.model import VLAPolicy
@@ -360,6 +361,30 @@ def test_long_evaluation_and_slow_step_that_move_are_no_hang(flags, tmp_path):
     own = ["--guard.hang_seconds", 2, "--micro_batch_size", 3, "--eval.samples", 12, "--steps", 1]
     (child,) = train(*flags, *own, "--run_dir", tmp_path / "run", before=slow)
     child.ok()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_long_export_and_a_checkpoint_that_is_long_read_are_no_hang(processes, flags, tmp_path):
+    def slow(found):
+        def load(*arguments, original=restore.load):
+            time.sleep(3)
+            return original(*arguments)
+
+        def write(*arguments, original=export.export, **named):
+            time.sleep(3)
+            original(*arguments, **named)
+
+        restore.load, export.export = load, write
+
+    own = ("--guard.hang_seconds", 2, "--guard.bad_steps", 3, "--checkpoint.every", 4, "--checkpoint.keep", 9)
+    hook = both(spoil([12 * step for step in (7, 8, 9)]), slow)
+    children = train(*flags, *own, "--run_dir", tmp_path / "run", before=hook, processes=processes)
+    assert [child.code for child in children] == [0] * processes, children[0].stderr
+    assert "going back" in children[0].stderr
+    hangs = sleep_in(VLAPolicy, "forward", 13, 300, [processes - 1])  # watched as before, once it has gone back
+    children = train(*flags, *own, "--run_dir", tmp_path / "other", before=both(hook, hangs), processes=processes)
+    assert NO_PROGRESS in children[-1].stderr
+    assert "going back" in children[0].stderr
 
 
 def test_save_that_is_long_waited_for_is_no_hang(flags, tmp_path):

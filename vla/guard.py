@@ -226,6 +226,13 @@ class Guard:
             "loss_average": self.loss_average.item(),
         }
 
+    @contextlib.contextmanager
+    def unwatched(self):
+        """Around what gives no signs of life, and takes as long as the disk does; all processes enter and leave it."""
+        self.watchdog.close()
+        yield
+        self.watchdog = Watchdog(self.accelerator, self.config.hang_seconds)
+
     def go_on(self, doing: str) -> bool:
         """A sign of life, from within what takes long. False if this process is to leave it and stop."""
         self.watchdog.alive(doing)
