@@ -15,8 +15,7 @@ from safetensors.torch import load_file, save_file
 from saving import seal
 from training import after, assert_equal, die_at, flip, last, of, result, steps, train
 
-from vla import InputError, checkpoint, evaluate, export, options
-from vla.model import VLAPolicy
+from vla import InputError, checkpoint, evaluate
 
 FILES = (
     "MANIFEST.json",
@@ -236,38 +235,6 @@ def test_checkpoint_asked_for_by_name_is_found_or_refused_but_never_replaced(run
     flip(last(run) / "model.safetensors")
     with pytest.raises(InputError, match=r"model\.safetensors"):
         checkpoint.find(str(last(run)), run / "checkpoints")
-
-
-@pytest.mark.parametrize("name", ["step_4", "step_7777", "step_000000010", "step_00000010.old", "step_00000099"])
-def test_name_that_no_checkpoint_has_is_refused_with_those_that_are_there(name, run):
-    shutil.copytree(of(run, 10), run / "checkpoints/step_00000010.old")
-    for path in (run / name, run / "checkpoints" / name):
-        with pytest.raises(InputError, match=f"{path} is not there; there are the steps 5, .*16$"):
-            checkpoint.find(str(path), run / "checkpoints")
-
-
-@pytest.mark.parametrize(
-    ("where", "name"),
-    [
-        (".", "checkpoints/step_00000010"),
-        ("checkpoints", "step_00000010"),
-        ("checkpoints/step_00000005", "../step_00000010"),
-        ("checkpoints/step_00000010", "."),
-        (".", "latest"),
-        ("elsewhere", "checkpoints/step_00000010"),
-    ],
-)
-def test_checkpoint_is_found_from_anywhere_in_its_run_and_by_a_link(where, name, run, monkeypatch):
-    (run / "latest").symlink_to("checkpoints/step_00000010")
-    if where == "elsewhere":  # the checkpoints lie on another disk
-        (run / "checkpoints").rename(run.parent / "other")
-        (run / "checkpoints").symlink_to(run.parent / "other")
-    monkeypatch.chdir(run / where.replace("elsewhere", "."))
-    assert Path(options.parse(["--resume_from", name]).run_dir).resolve() == run
-    assert checkpoint.find(name, run / "checkpoints").resolve() == of(run, 10).resolve()
-    export.main(export.ExportConfig(name))
-    assert "Trained for 10 steps." in (run / "export/README.md").read_text()
-    VLAPolicy.from_pretrained(name)
 
 
 def test_best_is_found_where_the_newest_checkpoint_says_or_else_by_the_scores(run):

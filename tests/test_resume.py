@@ -1,8 +1,10 @@
 """A run that was killed and resumed is the run that was not, bit for bit."""
 
 import os
+import shutil
 import signal
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
@@ -29,6 +31,7 @@ from training import (
     weights,
 )
 
+from vla import InputError, checkpoint, export, options
 from vla.model import VLAPolicy
 
 MID_EPOCH, EPOCH_END = 5, 11  # checkpoints after 60 and after 132 samples; an epoch has 132
@@ -213,6 +216,40 @@ def test_run_is_resumed_by_its_name_whatever_that_is(name, flags, tmp_path):
     run_module("vla.export", run)[0].ok()
     (child,) = train("--resume_from", run / "checkpoints/step_00000099")
     assert child.stderr == f"error: {run}/checkpoints/step_00000099 is not there; there are the steps 8, 9\n"
+
+
+@pytest.mark.parametrize("name", ["step_4", "step_7777", "step_000000010", "step_00000010.old", "step_00000099"])
+def test_name_that_no_checkpoint_has_is_refused_with_those_that_are_there(name, trained, tmp_path):
+    run = Path(shutil.copytree(trained[0], tmp_path / "run"))
+    shutil.copytree(of(run, 10), run / "checkpoints/step_00000010.old")
+    for path in (run / name, run / "checkpoints" / name):
+        with pytest.raises(InputError, match=f"{path} is not there; there are the steps 5, .*16$"):
+            checkpoint.find(str(path), run / "checkpoints")
+
+
+@pytest.mark.parametrize(
+    ("where", "name"),
+    [
+        (".", "checkpoints/step_00000010"),
+        ("checkpoints", "step_00000010"),
+        ("checkpoints/step_00000005", "../step_00000010"),
+        ("checkpoints/step_00000010", "."),
+        (".", "latest"),
+        ("elsewhere", "checkpoints/step_00000010"),
+    ],
+)
+def test_checkpoint_is_found_from_anywhere_in_its_run_and_by_a_link(where, name, trained, tmp_path, monkeypatch):
+    run = Path(shutil.copytree(trained[0], tmp_path / "run"))
+    (run / "latest").symlink_to("checkpoints/step_00000010")
+    if where == "elsewhere":  # the checkpoints lie on another disk
+        (run / "checkpoints").rename(run.parent / "other")
+        (run / "checkpoints").symlink_to(run.parent / "other")
+    monkeypatch.chdir(run / where.replace("elsewhere", "."))
+    assert Path(options.parse(["--resume_from", name]).run_dir).resolve() == run
+    assert checkpoint.find(name, run / "checkpoints").resolve() == of(run, 10).resolve()
+    export.main(export.ExportConfig(name))
+    assert "Trained for 10 steps." in (run / "export/README.md").read_text()
+    VLAPolicy.from_pretrained(name)
 
 
 def test_change_of_precision_is_said(flags, tmp_path):

@@ -8,11 +8,12 @@ import shutil
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from saving import checkpoints_of, commit, small_training, state_of
-from training import flip, in_children
+from saving import broken, checkpoints_of, commit, small_training, state_of
+from training import flip, in_children, steps, train
 
 import vla.saver
 from vla import InputError, NotSaved, checkpoint, checkpoints
@@ -265,6 +266,45 @@ def test_checkpoint_that_holds_a_file_of_others_is_kept_by_rotation_and_prune(tm
     (tmp_path / "step_00000001/.DS_Store").unlink()
     assert checkpoint.find(str(tmp_path), tmp_path) == tmp_path / "step_00000001"
     assert re.search(r"step_00000003 holds \.DS_Store, .*: remove it", caplog.text)
+
+
+def test_old_checkpoint_that_cannot_be_deleted_costs_a_warning_and_nothing_else(flags, tmp_path):
+    def held(found):
+        def rename(self, target, original=Path.rename):
+            if self.name == "step_00000005":
+                raise PermissionError("it is held")
+            return original(self, target)
+
+        def rmtree(path, ignore_errors=False, original=shutil.rmtree):
+            if Path(path).name == ".deleting_step_00000010":
+                if ignore_errors:
+                    return
+                raise PermissionError("a file of it is held")
+            original(path, ignore_errors)
+
+        Path.rename = rename
+        checkpoint.shutil = SimpleNamespace(**vars(shutil) | {"rmtree": rmtree})
+
+    run, own = tmp_path / "run", ["--eval.every", 0, "--checkpoint.keep", 1]
+    (child,) = train(*flags, *own, "--run_dir", run, before=held)
+    assert "could not be saved" not in child.ok().stderr
+    assert re.search("step_00000005 cannot be deleted .*it is held", child.stderr)
+    assert (run / "export").exists()
+    left = [".deleting_step_00000010", "step_00000005", "step_00000016"]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == left
+    (resumed,) = train("--resume_from", run, "--steps", 18, before=held)
+    assert re.search(r"\.deleting_step_00000010 cannot be deleted .*a file of it is held", resumed.ok().stderr)
+    assert steps(run)[-1] == 18
+
+
+def test_listing_that_fails_once_a_save_is_committed_does_not_fail_it(tmp_path):
+    def save(_):
+        checkpoint.rotate = broken
+        commit(small_training(), tmp_path, 1)
+
+    (child,) = in_children(save)
+    assert "old checkpoints are kept (OSError: first line)" in child.ok().stderr
+    checkpoint.verify(tmp_path / "step_00000001")
 
 
 @pytest.mark.parametrize("case", ["older", "replaced"])

@@ -8,7 +8,6 @@ import resource
 import shutil
 import stat
 import threading
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -102,45 +101,6 @@ def test_final_save_that_fails_is_told_and_ends_the_run_as_failed(small_disk, fl
     (small_disk / "filler").unlink()
     train("--resume_from", tmp_path / "run")[0].ok()
     assert steps(tmp_path / "run") == [15, 16]
-
-
-def test_old_checkpoint_that_cannot_be_deleted_costs_a_warning_and_nothing_else(flags, tmp_path):
-    def held(found):
-        def rename(self, target, original=Path.rename):
-            if self.name == "step_00000005":
-                raise PermissionError("it is held")
-            return original(self, target)
-
-        def rmtree(path, ignore_errors=False, original=shutil.rmtree):
-            if Path(path).name == ".deleting_step_00000010":
-                if ignore_errors:
-                    return
-                raise PermissionError("a file of it is held")
-            original(path, ignore_errors)
-
-        Path.rename = rename
-        checkpoint.shutil = SimpleNamespace(**vars(shutil) | {"rmtree": rmtree})
-
-    run, own = tmp_path / "run", ["--eval.every", 0, "--checkpoint.keep", 1]
-    (child,) = train(*flags, *own, "--run_dir", run, before=held)
-    assert "could not be saved" not in child.ok().stderr
-    assert re.search("step_00000005 cannot be deleted .*it is held", child.stderr)
-    assert (run / "export").exists()
-    left = [".deleting_step_00000010", "step_00000005", "step_00000016"]
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == left
-    (resumed,) = train("--resume_from", run, "--steps", 18, before=held)
-    assert re.search(r"\.deleting_step_00000010 cannot be deleted .*a file of it is held", resumed.ok().stderr)
-    assert steps(run)[-1] == 18
-
-
-def test_listing_that_fails_once_a_save_is_committed_does_not_fail_it(tmp_path, caplog):
-    def save(_):
-        checkpoint.rotate = broken
-        commit(small_training(), tmp_path, 1)
-
-    (child,) = in_children(save)
-    assert "old checkpoints are kept (OSError: first line)" in child.ok().stderr
-    checkpoint.verify(tmp_path / "step_00000001")
 
 
 def test_file_that_cannot_grow_fails_the_save_and_nothing_else(tmp_path):
