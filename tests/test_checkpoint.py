@@ -275,28 +275,6 @@ def test_run_keeps_the_newest_the_best_and_every_kth(flags, tmp_path):
     assert names == [f"step_{step:08d}" for step in kept]
 
 
-@pytest.mark.parametrize(
-    ("changed", "by"),
-    [
-        (("--eval.metric", "action_error"), "eval/action_error of 5 samples"),
-        (("--eval.samples", 1), "eval/loss of 1 samples"),
-        (("--eval.metric", "success", "--eval.env", "tabletop", "--eval.episodes", 1), "eval/success of tabletop, 1"),
-    ],
-    ids=lambda own: own[-2],
-)
-def test_run_that_is_judged_otherwise_from_a_resume_on_says_so_and_looks_for_its_best_anew(changed, by, run):
-    own = (*changed, "--steps", 20, "--checkpoint.keep", 1)
-    before = result(run)["best_step"]
-    (child,) = train("--resume_from", run, *own)
-    (warning,) = [line for line in child.ok().stderr.splitlines() if "was judged" in line]
-    assert warning.startswith(f"warning: this run was judged by eval/loss of 5 samples, and is now by {by}")
-    assert f"the best so far, of step {before}, is no longer kept" in warning
-    assert (result(run)["best_step"], result(run)["evaluations_since_best"]) == (20, 0)
-    assert steps(run) == [20]
-    (child,) = train("--resume_from", run, "--steps", 21)
-    assert "was judged" not in child.ok().stderr
-
-
 def test_best_whose_save_failed_is_replaced_by_the_best_on_the_disk(flags, tmp_path):
     def fail_at_7(found):
         losses = iter((1.0, 3.0, 2.0))  # of steps 7, 14 and 16

@@ -1,12 +1,14 @@
-"""Held-out loss and error of several robots, overall and of each."""
+"""Held-out loss and error of several robots, overall and of each; and what a run makes of another measure."""
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
 from policies import ARM, TABLETOP, tiny
-from training import in_children, rank
+from training import in_children, rank, result, steps, train
 
 from vla import evaluate, keyed
 
@@ -131,3 +133,28 @@ def test_evaluation_that_one_process_has_to_leave_has_no_result_on_any(leaving):
         found["values"] = evaluate.held_out(*arguments, go_on=lambda: rank() != leaving)
 
     assert [child.ok().found["values"] for child in in_children(evaluate_it, 2)] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("changed", "by"),
+    [
+        (("--eval.metric", "action_error"), "eval/action_error of 5 samples"),
+        (("--eval.samples", 1), "eval/loss of 1 samples"),
+        (("--eval.metric", "success", "--eval.env", "tabletop", "--eval.episodes", 1), "eval/success of tabletop, 1"),
+    ],
+    ids=lambda own: own[-2],
+)
+def test_run_that_is_judged_otherwise_from_a_resume_on_says_so_and_looks_for_its_best_anew(
+    changed, by, trained, tmp_path
+):
+    run = Path(shutil.copytree(trained[0], tmp_path / "run"))
+    own = (*changed, "--steps", 20, "--checkpoint.keep", 1)
+    before = result(run)["best_step"]
+    (child,) = train("--resume_from", run, *own)
+    (warning,) = [line for line in child.ok().stderr.splitlines() if "was judged" in line]
+    assert warning.startswith(f"warning: this run was judged by eval/loss of 5 samples, and is now by {by}")
+    assert f"the best so far, of step {before}, is no longer kept" in warning
+    assert (result(run)["best_step"], result(run)["evaluations_since_best"]) == (20, 0)
+    assert steps(run) == [20]
+    (child,) = train("--resume_from", run, "--steps", 21)
+    assert "was judged" not in child.ok().stderr
