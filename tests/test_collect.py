@@ -132,6 +132,7 @@ def test_demonstration_goes_on_after_success_for_as_long_as_it_is_told(monkeypat
         assert len(long["actions"]) == len(long["state"]) == steps + min(more, 5)
         np.testing.assert_array_equal(long["actions"][:steps], short["actions"])
         np.testing.assert_array_equal(long["state"][:steps], short["state"])
+        assert not long["actions"][steps:].any()  # it leaves alone what lies where it should
 
 
 def test_demonstrations_record_the_experts_actions_and_not_their_noise():

@@ -1,4 +1,4 @@
-"""Held-out loss and error of several robots, overall and of each; and what a run makes of another measure."""
+"""Held-out loss and error of several robots, overall and of each; a change of measure; rollouts on video."""
 
 import shutil
 from dataclasses import replace
@@ -8,9 +8,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 from policies import ARM, TABLETOP, tiny
-from training import in_children, rank, result, steps, train
+from training import after, in_children, rank, result, steps, train
 
 from vla import evaluate, keyed
+from vla.log import RunLog
+from vla.sim.tabletop import Tabletop
 
 # Of the same robot as TABLETOP, in other units.
 MORE = replace(TABLETOP, name="more", cameras=("gripper",))
@@ -158,3 +160,13 @@ def test_run_that_is_judged_otherwise_from_a_resume_on_says_so_and_looks_for_its
     assert steps(run) == [20]
     (child,) = train("--resume_from", run, "--steps", 21)
     assert "was judged" not in child.ok().stderr
+
+
+def test_video_of_a_rollout_runs_as_fast_as_the_environment_does(flags, tmp_path):
+    def slow(found):
+        Tabletop.fps = 5  # and the data have 10
+        after(RunLog, "video", lambda _, log, step, name, frames, fps: found.update(fps=fps))
+
+    own = ["--eval.env", "tabletop", "--eval.episodes", 1, "--steps", 1, "--run_dir", tmp_path / "run"]
+    (child,) = train(*flags, *own, before=slow)
+    assert child.ok().found["fps"] == 5

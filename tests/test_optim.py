@@ -218,6 +218,13 @@ def test_schedule_equals_values_by_hand(shape):
         assert schedule(config, step, 110) == pytest.approx(share, rel=1e-12), step
 
 
+@pytest.mark.parametrize(("warmup", "steps"), [(45, 50), (500, 550)])
+def test_decay_of_wsd_begins_at_the_peak_where_the_warm_up_ends_late(warmup, steps):
+    config = OptimConfig(schedule="wsd", warmup_steps=warmup, decay_share=0.2, final_ratio=0.0)
+    for step in range(warmup, steps):
+        assert schedule(config, step, steps) == pytest.approx((steps - step) / (steps - warmup), rel=1e-12)
+
+
 @pytest.mark.parametrize("shape", EXPECTED)
 @pytest.mark.parametrize(("warmup", "steps"), [(0, 50), (1, 1), (7, 50), (49, 50), (50, 50)])
 def test_schedule_rises_through_the_warm_up_and_never_again(shape, warmup, steps):

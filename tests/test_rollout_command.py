@@ -163,6 +163,8 @@ def test_folders_of_results_are_made(exported, tmp_path, monkeypatch, options):
         ({"gif": "it.gif", "gif_episodes": (-1, 2)}, "--gif_episodes -1 2 is none of the 2 episodes"),
         ({"ensemble": 0.01, "n_action_steps": 3}, "--ensemble executes one action .* leave out --n_action_steps"),
         ({"out": "."}, "[.] is a folder, expected the name of a file"),
+        ({"out": f"{__file__}/it.json"}, r"it.json cannot be written \(.* make room, or choose another file"),
+        ({"gif": "/proc/it.gif"}, r"/proc/it.gif cannot be written \("),
     ],
     ids=str,
 )
@@ -170,3 +172,13 @@ def test_options_that_cannot_work_are_refused_before_anything_is_done(exported, 
     monkeypatch.setattr(rollout, "rollout", None)
     with pytest.raises(InputError, match=told):
         rollout.main(RolloutConfig(str(exported), "tabletop", **{"episodes": 2, "device": "cpu", **options}))
+
+
+@pytest.mark.parametrize("full", ["out", "gif"])
+def test_result_is_told_where_the_disk_is_full_by_then(exported, tmp_path, capsys, full):
+    files = {"out": str(tmp_path / "it.json"), "gif": str(tmp_path / "it.gif")} | {full: "/dev/full"}
+    with pytest.raises(InputError, match=r"/dev/full cannot be written \(.*No space left"):
+        rollout.main(RolloutConfig(str(exported), "tabletop", episodes=1, device="cpu", **files))
+    assert "success rate in tabletop: " in capsys.readouterr().out
+    if full == "gif":
+        assert json.loads((tmp_path / "it.json").read_text())["episodes"] == 1

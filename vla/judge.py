@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from accelerate import Accelerator
 
-from vla import evaluate, rollout
+from vla import evaluate, rollout, sim
 from vla.config import EvalConfig
 from vla.data.stream import Samples
 from vla.log import RunLog
@@ -78,7 +78,7 @@ class Judge:
         if self.metric is None:
             return False
         if config.env and self.accelerator.is_main_process:
-            log.video(step, "rollout", rollout.grid(recorded), rollout.film_fps(self.policy.driven.fps))
+            log.video(step, "rollout", rollout.grid(recorded), rollout.film_fps(sim.make(config.env).fps))
         log.metrics(step, values)
         value, sign = values[f"eval/{self.metric}"], -1 if self.metric == "success" else 1
         state["score"] = sign * value if math.isfinite(value) else None

@@ -177,7 +177,8 @@ def schedule(config: OptimConfig, step: int, steps: int) -> float:
     if config.schedule == "step":
         return 0.1 ** sum(step / steps >= milestone for milestone in config.milestones)
     if config.schedule == "wsd":
-        share = max(0.0, 1 - (steps - step) / max(1.0, config.decay_share * steps))
+        decay = min(config.decay_share * steps, steps - config.warmup_steps)  # not before the warm-up ends
+        share = max(0.0, 1 - (steps - step) / max(1.0, decay))
     falling = (1 + math.cos(math.pi * share)) / 2 if config.schedule == "cosine" else 1 - share
     return config.final_ratio + (1 - config.final_ratio) * falling
 

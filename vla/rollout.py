@@ -3,6 +3,7 @@
 python -m vla.rollout --policy runs/demo/export --env tabletop
 """
 
+import contextlib
 import json
 import math
 import os
@@ -228,7 +229,12 @@ def main(config: RolloutConfig) -> None:
     for file in filter(None, (config.out, config.gif)):
         if Path(file).is_dir():
             raise InputError(f"{file} is a folder, expected the name of a file")
-        Path(file).parent.mkdir(parents=True, exist_ok=True)  # now, and not when there is something to lose
+        with _writing(file):  # tried now, and not when there is something to lose
+            Path(file).parent.mkdir(parents=True, exist_ok=True)
+            new = not Path(file).exists()
+            open(file, "ab").close()
+            if new:
+                Path(file).unlink()
     try:
         torch.empty(0, device=config.device)
     except (AssertionError, RuntimeError) as failure:
@@ -271,10 +277,6 @@ def main(config: RolloutConfig) -> None:
             ),
         }
         result["baselines"] = {name: rate(done, tiers) for name, done in baselines.items()}
-    if config.gif:
-        Path(config.gif).write_bytes(gif(grid([episodes[i] for i in shown]), film_fps(world.fps)))
-    if config.out:
-        Path(config.out).write_text(json.dumps(result, indent=2) + "\n")
     for name, baseline in result.get("baselines", {}).items():
         mean = f", mean of the {len(tiers)} tiers {baseline['tier_mean']:.1f} %" if "tier_mean" in baseline else ""
         print(f"{name}: {_percent(baseline)}{mean}")
@@ -283,7 +285,22 @@ def main(config: RolloutConfig) -> None:
     if "tier_mean" in result:
         print(f"mean of the {len(tiers)} tiers: {result['tier_mean']:.1f} %")
     scenes = "scenes never seen in training" if config.seed >= sim.TEST_SEEDS else "scenes"
-    print(f"success rate in {config.env}: {_percent(result)} on {count} {scenes}")
+    print(f"success rate in {config.env}: {_percent(result)} on {count} {scenes}", flush=True)
+    if config.out:
+        with _writing(config.out):
+            Path(config.out).write_text(json.dumps(result, indent=2) + "\n")
+    if config.gif:
+        film = gif(grid([episodes[i] for i in shown]), film_fps(world.fps))
+        with _writing(config.gif):
+            Path(config.gif).write_bytes(film)
+
+
+@contextlib.contextmanager
+def _writing(file: str):
+    try:
+        yield
+    except OSError as failure:
+        raise InputError(f"{file} cannot be written ({failure}); make room, or choose another file") from None
 
 
 def processes(world) -> int:

@@ -105,13 +105,13 @@ class Tabletop:
         if self.held is not None:
             self.held.place = self.tip.copy()
         self.steps += 1
-        success = self.held is not self.target and bool(
-            np.all(np.abs(self.target.place - self.zone.place) < ZONE_RADIUS)
-        )
+        success = self._solved()
         return self._observe() if look else None, success, success or self.steps >= self.max_steps
 
     def expert(self) -> np.ndarray:
-        """The action that solves the task from here: to the object, close, to the zone, open. float32 [3]."""
+        """The action that solves the task from here: to the object, close, to the zone, open, rest. float32 [3]."""
+        if self._solved():
+            return np.zeros(3, np.float32)
         carrying = self.held is self.target
         if self.held is not None and not carrying:
             return np.array([0, 0, 0], np.float32)  # it holds the wrong object: let go
@@ -121,6 +121,9 @@ class Tabletop:
         if not carrying and self.closed:
             return np.array([*move, 0], np.float32)  # it closed on nothing: open on the way
         return np.array([*move, carrying != arrived], np.float32)
+
+    def _solved(self) -> bool:
+        return self.held is not self.target and bool(np.all(np.abs(self.target.place - self.zone.place) < ZONE_RADIUS))
 
     def render(self, size: int = 192) -> np.ndarray:
         """The whole table for people. uint8 [size, size, 3]."""
