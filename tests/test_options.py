@@ -76,6 +76,25 @@ def test_data_of_a_run_are_found_from_any_directory(tmp_path, monkeypatch):
         assert resumed.data.path == (str(tmp_path / "data"), "lerobot/pusht")
 
 
+def test_names_and_cache_of_data_stay_those_that_a_run_began_with(tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
+    save_run(tmp_path / "run", "--data.path", "data", "lerobot/pusht@v3.0", "--data.cache_dir", "cache")
+    (tmp_path / "data").rename(tmp_path / "run/renamed")
+    monkeypatch.chdir(tmp_path / "run")
+    for given in ((), ("--data.path", "renamed", "me/pusht2")):
+        resumed = options.parse(["--resume_from", ".", *given])
+        assert resumed.data.names == ("data", "pusht")
+        assert resumed.data.cache_dir == str(tmp_path / "cache")
+
+
+def test_home_is_found_behind_an_equals_sign_too(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    settings = options.parse(["--run_dir=~/runs/a", "--data.path", "~/data", "a~b/c", "--init_from=~"])
+    assert (settings.run_dir, settings.init_from) == ("/home/me/runs/a", "/home/me")
+    assert settings.data.path == ("/home/me/data", "a~b/c")
+
+
 def test_resumed_run_takes_steps_or_epochs_and_not_both(tmp_path):
     save_run(tmp_path / "run")
     with pytest.raises(InputError, match=r"found --steps 99 and --epochs 3\.0; give one of them"):

@@ -28,6 +28,8 @@ class AugmentConfig:
 class DataConfig:
     # LeRobot data sets, v2.1 or v3.0: folders, or owner/name on the Hugging Face hub (owner/name@revision).
     path: tuple[str, ...] = ()
+    # What the data sets are called from then on, by logs and by those who drive a robot (their folders' names).
+    names: tuple[str, ...] = ()
     # Shares of the samples that come from each of several data sets.
     weights: tuple[float, ...] = ()
     # Cameras to look through, in this order, by short name (wrist for observation.images.wrist) or feature; all if none

@@ -3,8 +3,6 @@
 import re
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-
 from vla import InputError
 
 OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download")  # of a policy's download
@@ -37,6 +35,8 @@ def policy(path: str | Path, options: dict) -> Path:
 
 
 def _downloaded(path: str | Path, name: str, cure: str, **options) -> Path:
+    from huggingface_hub import snapshot_download  # here, as flags are read with what is above
+
     try:
         return Path(snapshot_download(name, **options))
     except Exception as error:  # the errors of the client, and of the two ways it downloads, have no base in common

@@ -27,8 +27,9 @@ def accelerate(config: TrainConfig, accumulation: int, world_size: int) -> Accel
     # What accelerate launch sets for several processes, and for one alone that it starts.
     if {"MASTER_ADDR", "ACCELERATE_DYNAMO_USE_FULLGRAPH"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ:
         raise InputError(
-            "several processes were asked for (--num_processes, or MASTER_ADDR is set), but this is one alone, as the "
-            "YAML is for one; take another YAML, or leave that out"
+            "several processes were asked for (--num_processes, or MASTER_ADDR is set), but accelerate has started one "
+            "alone, as it does where the YAML says distributed_type NO or MULTI_CPU; take another YAML, such as "
+            "accelerate_configs/4gpu.yaml with --num_processes (and ACCELERATE_USE_CPU=true on CPUs)"
         )
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
     # Collectives wait longer than the watchdog, which knows whether the others hang or work (vla/guard.py).

@@ -6,11 +6,12 @@ Nothing here imports torch, so that `--help` and a wrong flag answer at once.
 import dataclasses
 import json
 import math
+import os
 import typing
 from functools import partial
 from pathlib import Path
 
-from vla import InputError
+from vla import InputError, hub
 from vla.config import MODULES, OptimConfig, TrainConfig
 
 BACKBONES = ("model.backbone", "model.vision_backbone", "model.language_backbone")
@@ -42,7 +43,7 @@ def parse(arguments: list[str]) -> TrainConfig:
     """
     import tyro
 
-    read = partial(tyro.cli, TrainConfig, args=arguments, prog="train.py")
+    read = partial(tyro.cli, TrainConfig, args=[*map(_at_home, arguments)], prog="train.py")
     config = read()
     if config.steps and config.epochs:
         raise InputError(f"found --steps {config.steps} and --epochs {config.epochs}; give one of them")
@@ -73,11 +74,20 @@ def parse(arguments: list[str]) -> TrainConfig:
     folders = {name: str(Path(place).resolve()) for name, place in named.items() if place and Path(place).is_dir()}
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **folders))  # found from anywhere
     paths = tuple(str(Path(path).resolve()) if Path(path).is_dir() else path for path in config.data.path)
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=paths))
+    names = config.data.names or tuple(map(hub.dataset_name, paths))  # kept, wherever a resumed run finds its data
+    cache = config.data.cache_dir and str(Path(config.data.cache_dir).resolve())
+    data = dataclasses.replace(config.data, path=paths, names=names, cache_dir=cache)
+    config = dataclasses.replace(config, data=data)
     validate(config)
     if run_dir is None:
         _check_schedule(config.optim)
     return config
+
+
+def _at_home(argument: str) -> str:
+    """With the home folder in place of ~, which shells leave alone behind `--flag=`."""
+    flag, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    return f"{flag}{equals}{os.path.expanduser(value)}"
 
 
 def from_dict(cls, data: dict, where: str):

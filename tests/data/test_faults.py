@@ -242,6 +242,7 @@ def test_command_ends_with_1_if_there_is_a_fault_and_else_with_0(bases, tmp_path
     assert (good.returncode, good.stdout) == (0, f"{root}: no fault in 4 episodes, 14 frames\n")
     told = run(root, "--cameras", "front").stderr.splitlines()[-1]
     assert told.endswith("expected ['front']: correct --cameras")  # the flag that this command has
+    assert run(tmp_path / "nothing").stderr.endswith("expected JSON: check the path\n")
     edit_value(root / DATA, "timestamp", 5, 9.0)
     bad = run(root)
     assert bad.returncode == 1

@@ -329,8 +329,16 @@ def test_features_that_are_named_are_those_of_every_data_set(roots):
 def test_data_sets_of_one_name_are_refused(roots, tmp_path):
     shutil.copytree(roots[1], tmp_path / "first")
     for other in (tmp_path / "first", roots[0]):
-        with pytest.raises(InputError, match=r"--data.path has data sets of one name, first, first: rename a folder"):
+        with pytest.raises(InputError, match=r"has 2 data sets, called first, first: give each a name .* --data.names"):
             opened([roots[0], other])
+    mixture = opened([roots[0], tmp_path / "first"], names=("one", "two"), camera_map=("two:side=table",))
+    assert [(data.name, *data.cameras) for data in mixture.datasets] == [
+        ("one", "table", "gripper"),
+        ("two", "gripper", "table"),
+    ]
+    for names in (("one",), ("one", "two", "three"), ("one", "one")):
+        with pytest.raises(InputError, match=f"called {', '.join(names)}: give each"):
+            opened(roots[:2], names=names)
 
 
 def test_images_of_different_size_are_refused_unless_brought_to_one(roots, tmp_path):

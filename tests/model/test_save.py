@@ -119,7 +119,7 @@ NO_REPOSITORY = HfHubHTTPError("404 Client Error", response=Mock())
 def test_what_is_neither_a_folder_nor_on_the_hub_is_refused(name, failure, monkeypatch):
     if failure:
         monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download", Mock(side_effect=failure))
-        monkeypatch.setattr("vla.hub.snapshot_download", Mock(side_effect=failure))
+        monkeypatch.setattr("huggingface_hub.snapshot_download", Mock(side_effect=failure))
     with pytest.raises(
         InputError, match=rf"{name} is no folder here, and could not be downloaded .*: check the path or"
     ):
@@ -129,7 +129,7 @@ def test_what_is_neither_a_folder_nor_on_the_hub_is_refused(name, failure, monke
 def test_options_of_a_download_reach_it(tmp_path, monkeypatch):
     download = Mock(return_value=str(saved(tmp_path)))
     monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download", lambda **_: str(tmp_path / "export/config.json"))
-    monkeypatch.setattr("vla.hub.snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     options = {"revision": "v2", "force_download": True, "cache_dir": tmp_path, "token": "mine"}
     VLAPolicy.from_pretrained("some/policy", **options)
     download.assert_called_once_with("some/policy", **options)

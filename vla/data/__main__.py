@@ -111,5 +111,5 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(Options, prog="python -m vla.data"))
     except InputError as error:
-        own = "|".join(option.name for option in fields(Options))  # train.py's flags have a prefix
-        sys.exit("error: " + re.sub(rf"--data\.({own})\b", r"--\1", str(error)))
+        own = "|".join(option.name for option in fields(Options))  # train.py's flags have a prefix, and the path is one
+        sys.exit("error: " + re.sub(rf"--data\.({own})\b", r"--\1", str(error)).replace("--path", "the path"))

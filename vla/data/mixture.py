@@ -77,14 +77,16 @@ def open_datasets(config: DataConfig) -> Mixture:
         )
     if bad := [weight for weight in config.weights if not 0 < weight < math.inf]:
         raise InputError(f"--data.weights has {bad[0]}; expected more than 0 (leave the data set out)")
-    names = [hub.dataset_name(path) for path in config.path]
-    if len(set(names)) < len(names):
-        raise InputError(f"--data.path has data sets of one name, {', '.join(names)}: rename a folder")
+    names = config.names or tuple(map(hub.dataset_name, config.path))
+    if len(set(names)) < len(config.path) or len(names) > len(config.path):
+        found = f"--data.path has {len(config.path)} data sets, called {', '.join(names)}"
+        raise InputError(f"{found}: give each a name of its own by --data.names")
     chosen = {"cameras": config.cameras, "some_cameras": len(names) > 1, "image_size": config.image_size or None}
     chosen |= {"state": config.state, "action": config.action}
     renames = [{camera: name for dataset, camera, name in _camera_map(config) if dataset in ("", own)} for own in names]
     # All of this is known before any picture is decoded.
-    parts = [Selection(path, rename=rename, **chosen) for path, rename in zip(config.path, renames, strict=True)]
+    named = zip(config.path, names, renames, strict=True)
+    parts = [Selection(path, name=name, rename=rename, **chosen) for path, name, rename in named]
     _check_fit(config, parts)
     opened = {"cache": config.cache, "cache_dir": config.cache_dir or None, "tolerance_s": config.tolerance_s}
     opened |= {"skip_bad": config.skip_bad, "accept": config.accept}

@@ -13,10 +13,11 @@ STATE, ACTION = ("observation.state", "state"), ("action", "actions")
 class Selection:
     """Part of a data set, of which only the metadata have been read.
 
-    root: the data set's folder, or owner/name on the Hugging Face hub. cameras: those wanted, in this order, by short
-    name ("table" for "observation.images.table") or feature; all by default. rename: short name or feature -> another
-    name. some_cameras: it may lack some of `cameras`. state, action: features, whose numbers are joined; by default
-    those that convention names. image_size: (h, w) to bring all pictures to, aspect kept; by default their own.
+    root: the data set's folder, or owner/name on the Hugging Face hub. name: what it is called (the folder's name).
+    cameras: those wanted, in this order, by short name ("table" for "observation.images.table") or feature; all by
+    default. rename: short name or feature -> another name. some_cameras: it may lack some of `cameras`. state, action:
+    features, whose numbers are joined; by default those that convention names. image_size: (h, w) to bring all
+    pictures to, aspect kept; by default their own.
     Raises InputError if the data set has no such cameras or features.
 
     Attributes: name (of the data set), layout, own_cameras (its names for all that it has), cameras (features by the
@@ -27,6 +28,7 @@ class Selection:
         self,
         root: str | Path,
         *,
+        name: str = "",
         cameras: tuple[str, ...] = (),
         rename: dict[str, str] | None = None,
         some_cameras: bool = False,
@@ -34,7 +36,7 @@ class Selection:
         action: tuple[str, ...] = (),
         image_size: tuple[int, int] | None = None,
     ):
-        self.name = hub.dataset_name(root)
+        self.name = name or hub.dataset_name(root)
         self.layout = layout = read_layout(hub.dataset(root))
         short = {
             key: key.removeprefix("observation.").removeprefix("images.").removeprefix("image.")
