@@ -242,8 +242,9 @@ def test_checkpoint_is_found_from_anywhere_in_its_run_and_by_a_link(where, name,
     run = Path(shutil.copytree(trained[0], tmp_path / "run"))
     (run / "latest").symlink_to("checkpoints/step_00000010")
     if where == "elsewhere":  # the checkpoints lie on another disk
-        (run / "checkpoints").rename(run.parent / "other")
-        (run / "checkpoints").symlink_to(run.parent / "other")
+        (run / "checkpoints").rename(run.parent / "step_others")
+        (run / "checkpoints").symlink_to(run.parent / "step_others")
+        assert checkpoint.wanted(str(run / "checkpoints")) == ""
     monkeypatch.chdir(run / where.replace("elsewhere", "."))
     assert Path(options.parse(["--resume_from", name]).run_dir).resolve() == run
     assert checkpoint.find(name, run / "checkpoints").resolve() == of(run, 10).resolve()

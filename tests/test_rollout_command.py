@@ -174,6 +174,13 @@ def test_options_that_cannot_work_are_refused_before_anything_is_done(exported, 
         rollout.main(RolloutConfig(str(exported), "tabletop", **{"episodes": 2, "device": "cpu", **options}))
 
 
+def test_result_is_written_where_a_link_leads_to(exported, tmp_path):
+    (tmp_path / "it.json").symlink_to("store/there.json")
+    rollout.main(RolloutConfig(str(exported), "tabletop", episodes=1, device="cpu", out=str(tmp_path / "it.json")))
+    assert (tmp_path / "it.json").is_symlink()
+    assert json.loads((tmp_path / "store/there.json").read_text())["episodes"] == 1
+
+
 @pytest.mark.parametrize("full", ["out", "gif"])
 def test_result_is_told_where_the_disk_is_full_by_then(exported, tmp_path, capsys, full):
     files = {"out": str(tmp_path / "it.json"), "gif": str(tmp_path / "it.gif")} | {full: "/dev/full"}

@@ -63,16 +63,17 @@ def prepare(run_dir: Path, resuming: bool, rank: int) -> Path:
     _check_begun(run_dir, resuming)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if rank == 0:
+            lock(run_dir)
+            put_back(folder)
+            for path in left_over(folder):
+                with _spared(path):
+                    shutil.rmtree(path)
         with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(bytes(1 << 16))
+            probe.write(bytes(1 << 16 if rank == 0 else 0))  # others are here before there is room again
     except OSError as failure:
         raise InputError(f"cannot write to {folder} ({failure}); make room, or choose another --run_dir") from None
     if rank == 0:
-        lock(run_dir)
-        put_back(folder)
-        for path in left_over(folder):
-            with _spared(path):
-                shutil.rmtree(path)
         _check_begun(run_dir, resuming)  # again: the job that was waited for may have saved
     return folder
 
@@ -321,8 +322,8 @@ def find(resume_from: str, folder: Path, passed_over: Iterable[Path] = ()) -> Pa
 
 def wanted(resume_from: str) -> str:
     """The name of the checkpoint that --resume_from means: step_…, best, or "" for the newest of a run."""
-    path = Path(resume_from).resolve()
-    return path.name if path.name != "checkpoints" and run_folder(path) != path else ""
+    path, all_of_run = Path(resume_from).resolve(), Path(resume_from).name == "checkpoints"  # maybe a link
+    return path.name if not all_of_run and path.name != "checkpoints" and run_folder(path) != path else ""
 
 
 def together(accelerator: Accelerator, act: Callable[[], T]) -> T:

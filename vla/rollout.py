@@ -230,11 +230,12 @@ def main(config: RolloutConfig) -> None:
         if Path(file).is_dir():
             raise InputError(f"{file} is a folder, expected the name of a file")
         with _writing(file):  # tried now, and not when there is something to lose
-            Path(file).parent.mkdir(parents=True, exist_ok=True)
-            new = not Path(file).exists()
-            open(file, "ab").close()
+            path = Path(file).resolve()  # a link stays
+            path.parent.mkdir(parents=True, exist_ok=True)
+            new = not path.exists()
+            path.open("ab").close()
             if new:
-                Path(file).unlink()
+                path.unlink()
     try:
         torch.empty(0, device=config.device)
     except (AssertionError, RuntimeError) as failure:

@@ -248,6 +248,7 @@ def test_numbers_of_any_type_are_written_as_the_format_has_them(tmp_path, codec)
         with writer(tmp_path / name, codec=codec, **given) as out:
             out.add_episode(**episode(0))
     assert read_meta(tmp_path / "others") == read_meta(tmp_path / "plain")
+    writer(tmp_path / "one file", codec=codec, data_files_size_in_mb=np.inf)
     for wrong in ({"fps": 0}, {"fps": np.nan}, {"chunks_size": 2.5}, {"chunks_size": 0}):
         with pytest.raises(InputError, match=r"fps is .* and chunks_size .*, expected numbers above 0, the second who"):
             writer(tmp_path / "refused", **wrong)

@@ -345,7 +345,7 @@ class _VideoFiles:
 
 def _plain(number: float) -> int | float:
     """Of a type that JSON has, which NumPy's are not."""
-    return int(number) if number == int(number) else float(number)
+    return int(number) if float(number).is_integer() else float(number)
 
 
 def _place(number: int, info: dict) -> dict[str, int]:

@@ -281,7 +281,7 @@ def build(policy: PolicyConfig, saved: Path | None, weights: bool) -> Backbone:
         )
     grid = tuple(size // patch for size in encoder.pixels.size)
     layout = _layout(tokenizer, family, grid[0] * grid[1], cameras, int(kind == "paligemma"), model.max_tokens)
-    _check_length(text, len(layout.ids) + model.max_tokens, model)
+    _check_length(text, len(layout.ids) + model.max_tokens, model, new=saved is None)
     if kind.startswith("qwen"):
         layout = _in_space(base, layout, [1, grid[0] * merge, grid[1] * merge])
     language_model = LanguageModel(decoder, out, tokenizer, family, layout, model)
@@ -291,13 +291,13 @@ def build(policy: PolicyConfig, saved: Path | None, weights: bool) -> Backbone:
     return Backbone(encoder, projector, language_model, originals)
 
 
-def _check_length(text, length: int, model: ModelConfig) -> None:
-    """Raises InputError for a decoder made for less than a prefix of this length, or of which some layer sees less."""
+def _check_length(text, length: int, model: ModelConfig, new: bool) -> None:
+    """Raises InputError for a new decoder made for less than a prefix of this length, or one that sees less of it."""
     name, kinds = model.backbone or model.language_backbone, getattr(text, "layer_types", None)
     found = f"images and instruction are {length} tokens, and"
     cure = "lower --model.max_tokens, give fewer or smaller images, or another language model"
     most = getattr(text, "max_position_embeddings", None)
-    if most and length > most:
+    if new and most and length > most:
         raise InputError(f"{found} {name} is made for {most} (max_position_embeddings); {cure}")
     window = getattr(text, "sliding_window", None)
     if model.attention == "flash_attention_2" or (kinds and "sliding_attention" not in kinds):  # the first obeys it
