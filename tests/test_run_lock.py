@@ -28,6 +28,15 @@ def test_what_a_crash_left_half_done_is_removed_by_the_next_start(tmp_path):
     assert (folder / "step_00000002/trainer_state.json").read_text() == before
 
 
+def test_half_a_save_that_filled_the_disk_makes_room_for_the_next_start(tmp_path):
+    with mounted(tmp_path, "size=1m"):
+        half = tmp_path / "checkpoints/.saving_step_00000008"
+        half.mkdir(parents=True)
+        fill(half)
+        in_children(lambda _: checkpoint.prepare(tmp_path, False, 0))[0].ok()
+        assert not half.exists()
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_run_whose_only_checkpoint_was_being_replaced_is_resumed_and_not_begun_anew(rank, tmp_path):
     checkpoints_of(tmp_path / "checkpoints", {1: {}})

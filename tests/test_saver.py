@@ -139,15 +139,6 @@ def test_folder_that_cannot_be_written_is_refused_at_start(place, flags, tmp_pat
     assert "--run_dir" in line
 
 
-def test_half_a_save_that_filled_the_disk_makes_room_for_the_next_start(tmp_path):
-    with mounted(tmp_path, "size=1m"):
-        half = tmp_path / "checkpoints/.saving_step_00000008"
-        half.mkdir(parents=True)
-        fill(half)
-        in_children(lambda _: checkpoint.prepare(tmp_path, False, 0))[0].ok()
-        assert not half.exists()
-
-
 def test_disk_that_is_full_while_the_run_starts_is_told_in_one_line(flags, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
