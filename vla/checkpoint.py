@@ -322,8 +322,9 @@ def find(resume_from: str, folder: Path, passed_over: Iterable[Path] = ()) -> Pa
 
 def wanted(resume_from: str) -> str:
     """The name of the checkpoint that --resume_from means: step_…, best, or "" for the newest of a run."""
-    path, all_of_run = Path(resume_from).resolve(), Path(resume_from).name == "checkpoints"  # maybe a link
-    return path.name if not all_of_run and path.name != "checkpoints" and run_folder(path) != path else ""
+    path = Path(resume_from).resolve()
+    newest = "checkpoints" in (Path(resume_from).name, path.name) or run_folder(path) == path  # it may be a link
+    return "" if newest else path.name
 
 
 def together(accelerator: Accelerator, act: Callable[[], T]) -> T:
