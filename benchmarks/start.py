@@ -24,7 +24,7 @@ from pathlib import Path
 from launched import ROOT, collect
 
 BEGAN = "VLA_BEGAN"  # in the environment: the time of the command
-PARTS = {  # module, function, whether it ends a part when it is called: the part
+PARTS = {  # module that train.py imports, function, whether it ends a part when it is called: the part
     ("vla.checkpoint", "prepare", True): "imports",
     ("vla.model", "VLAPolicy.__init__", True): "data",
     ("vla.model", "VLAPolicy.__init__", False): "policy",
@@ -33,7 +33,7 @@ PARTS = {  # module, function, whether it ends a part when it is called: the par
     ("vla.learner", "Learner.__init__", False): "optimizer, graphs",
     ("vla.guard", "Guard.__init__", True): "checkpoint, log",
     ("vla.log", "RunLog.step", False): "step",
-    ("vla.evaluate", "held_out", False): "evaluation",
+    ("vla.judge", "evaluate.held_out", False): "evaluation",
     ("vla.saver", "Saver.finish", False): "save",
     ("vla.export", "export", False): "export",
 }
@@ -89,6 +89,8 @@ def parts(flags: list[str], env: dict[str, str]) -> dict[str, float]:
     if done.returncode:
         sys.exit(done.stderr[-3000:])
     marks = [*json.loads(done.stdout.splitlines()[-1]), ("exit", time.time() - began)]
+    if unseen := set(PARTS.values()) - dict(marks).keys():
+        sys.exit(f"train.py never reached what PARTS names for {', '.join(sorted(unseen))}: was it renamed or moved?")
     seconds, before, steps = {}, 0.0, 0
     for part, at in marks:
         if part == "step":
