@@ -122,13 +122,16 @@ def test_merged_policy_is_one_without_adapters_that_predicts_the_same(kind, orig
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_adapter_of_the_map_to_the_next_word_learns_and_is_merged(dtype, originals):
-    own = {"targets": ("next_token",), "modules": ("language_model",), "loss": LossConfig(lm=1), "frozen_dtype": dtype}
-    policy = adapted(originals("smolvlm"), **own)
+    own = {"targets": ("next_token",), "modules": ("language_model",), "loss": LossConfig(lm=1)}
+    policy = adapted(originals("smolvlm"), **own, freeze=("vision_encoder",), frozen_dtype=dtype)
     batch = batch_of(policy)
     before = policy(batch)["lm"]
     policy(batch)["loss"].backward()
     assert all(p.grad.any() for name, p in policy.named_parameters() if "lora_" in name)
     policy.merge()
+    assert {p.dtype for p in policy.parameters()} == {
+        torch.float32
+    }  # frozen parts without adapters too: as it is saved
     torch.testing.assert_close(policy(batch)["lm"], before, rtol=1e-4 if dtype == "float32" else 1e-2, atol=0)
 
 

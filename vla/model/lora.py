@@ -61,13 +61,11 @@ def submodule(policy: nn.Module, name: str, flag: str) -> nn.Module:
 def merge_adapters(policy: nn.Module) -> None:
     """Add each adapter to the weight that it adapts, in place; the names are then those without adapters.
 
-    Parts with adapters are float32 from then on: in bfloat16 much of what was learned would be rounded away.
+    All parameters are float32 from then on: in bfloat16 much of what was learned would be rounded away.
     """
     from peft.tuners.lora import LoraLayer
 
-    for part in policy.children():
-        if any(isinstance(layer, LoraLayer) for layer in part.modules()):
-            part.float()
+    policy.float()
     for name, layer in [*policy.named_modules()]:
         if isinstance(layer, LoraLayer):
             layer.merge(safe_merge=True)
