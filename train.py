@@ -193,6 +193,7 @@ def main(config: TrainConfig) -> None:
         if improved or saving or (evaluating if step == saved_step else ending):
             guard.go_on(f"saving step {step}")
             state |= guard.state() | {"step": step, "seconds": seconds_before + time.perf_counter() - started}
+            log.saving()
             saver.save(state)
             saved_step = step
         if ending:

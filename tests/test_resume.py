@@ -160,6 +160,17 @@ def test_going_back_to_an_older_checkpoint_abandons_the_newer_ones(flags, tmp_pa
     assert list(series(run, "train/loss")) == list(range(1, 16))
 
 
+def test_run_that_goes_back_and_is_killed_before_it_saves_has_lost_nothing(uninterrupted, flags, tmp_path):
+    run, own = tmp_path / "run", ("--checkpoint.keep", 9)
+    train(*flags, *own, "--run_dir", run)[0].ok()
+    for older in ("checkpoints/step_00000007", "checkpoints/step_00000010"):
+        (killed,) = train("--resume_from", run / older, "--checkpoint.every", 99, "--eval.every", 0, before=die_at(14))
+        assert killed.code == -signal.SIGKILL
+    (resumed,) = train("--resume_from", run)
+    assert f"resumed from {run}/checkpoints/step_00000016" in resumed.ok().stderr
+    assert_equal(run, uninterrupted(*own))
+
+
 def test_run_that_ends_at_an_older_checkpoint_exports_what_it_had_found_by_then(flags, tmp_path):
     run = tmp_path / "run"
     train(*flags, "--checkpoint.keep", 9, "--run_dir", run)[0].ok()

@@ -64,6 +64,7 @@ class RunLog:
         self.last: dict[str, float] = {}
         self.since, self.waited, self.steps_since = time.perf_counter(), 0.0, 0
         self.pending = b""  # lines of metrics.jsonl for which there was no room
+        self.before = self.run_dir / "metrics.before.jsonl"  # of before the run went back, until it saves
         accelerator.log_with = [tracker(name, self.run_dir, first_step) for name in config.log.trackers]
         accelerator.init_trackers("vla")
         if not accelerator.is_main_process:
@@ -106,6 +107,9 @@ class RunLog:
     def _keep_until(self, step: int, evaluated: bool) -> None:
         """Open metrics.jsonl with the lines up to a step and its evaluation, among them those that waited for room."""
         path = self.run_dir / "metrics.jsonl"
+        if self.before.exists():  # nothing was saved since it was set aside, and checkpoints that it tells of are there
+            self.before.replace(path)
+            self.pending = b""
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
         kept, last = [], {}
         for line in (line for line in [*lines, *self.pending.splitlines(keepends=True)] if line.endswith(b"\n")):
@@ -127,6 +131,8 @@ class RunLog:
         content, shortened, self.pending = b"".join(kept), path.with_suffix(".tmp"), b""
         try:
             shortened.write_bytes(content)
+            if len(kept) < len(lines):
+                path.replace(self.before)
             shortened.replace(path)  # whole or not at all: a run may be killed here again
         except OSError:  # a full disk: what is to stay up to the first line that is not needs no room
             shortened.unlink(missing_ok=True)
@@ -232,6 +238,12 @@ class RunLog:
 
         self._tensorboard(add)
 
+    def saving(self) -> None:
+        """A checkpoint is about to be written: from now on the run goes on from there, or from before it went back."""
+        if self.accelerator.is_main_process:
+            with suppress(OSError):
+                self.before.unlink(missing_ok=True)
+
     def saves(self, step: int, metrics: list[dict[str, float]], problems: list[str]) -> None:
         """What became of checkpoints (see Saver.report)."""
         for values in metrics:
@@ -254,6 +266,7 @@ class RunLog:
         """Write result.json. state: the trainer's counters at the end. Raises NotSaved if it cannot be written."""
         if not self.accelerator.is_main_process:
             return
+        self.saving()
         cuda = self.accelerator.device.type == "cuda"
         result = {
             **state,
