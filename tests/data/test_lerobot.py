@@ -16,6 +16,7 @@ from lerobot_sets import (
     made_up,
     noise,
     numbers,
+    picture,
     read_lines,
     write,
     write_lines,
@@ -88,6 +89,15 @@ def test_every_frame_of_a_video_is_the_one_that_carries_its_number_however_it_is
     np.testing.assert_array_equal(images["memory"], images["none"])
     some = np.random.default_rng(0).permutation(frames)[:20]
     np.testing.assert_array_equal(LeRobotDataset(root, cache="none").images(some), images["none"][some])
+
+
+@pytest.mark.parametrize("codec", ["h264", "av1"])
+@pytest.mark.parametrize("size", [(64, 64), (224, 224), (240, 320)])
+def test_video_shows_what_comes_and_goes_from_one_frame_to_the_next(tmp_path, size, codec):
+    shown = np.random.default_rng(0).integers(0, 256, 60)
+    episodes = made_up((60,), cameras=("table",), size=size, draw=lambda number, size: picture(shown[number], size))
+    data = LeRobotDataset(write(tmp_path / "set", episodes, codec=codec))
+    np.testing.assert_array_equal(numbers(data.images(np.arange(60)))[:, 0], shown)
 
 
 def test_windows_at_both_ends_of_an_episode_equal_a_table_made_by_hand(png):

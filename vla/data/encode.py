@@ -16,9 +16,10 @@ from PIL import Image
 
 IMAGE_STATISTICS_STRIDE = 10  # every tenth frame tells the colours of an episode: neighbours look alike
 PIX_FMT = "yuv420p"
-# Every second frame is a key frame, so that any frame is found by decoding two. B-frames would only delay timestamps.
+# A key frame at most two frames apart, so that any frame is found by decoding two. B-frames would only delay timestamps.
+# Between key frames SVT-AV1 leaves out changes of flat areas (docs/RESULTS.md), so that there all are key frames.
 ENCODERS = {
-    "av1": ("libsvtav1", {"crf": "30", "preset": "12", "g": "2"}),
+    "av1": ("libsvtav1", {"crf": "30", "preset": "12", "g": "1"}),
     "h264": ("libx264", {"g": "2", "bf": "0"}),
 }
 os.environ.setdefault("SVT_LOG", "1")  # errors alone: the AV1 encoder else prints its settings for every episode
