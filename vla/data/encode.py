@@ -16,7 +16,7 @@ from PIL import Image
 
 IMAGE_STATISTICS_STRIDE = 10  # every tenth frame tells the colours of an episode: neighbours look alike
 PIX_FMT = "yuv420p"
-# A key frame at most two frames apart, so that any frame is found by decoding two. B-frames would only delay timestamps.
+# Key frames at most two apart, so that any frame is found by decoding two. B-frames would only delay timestamps.
 # Between key frames SVT-AV1 leaves out changes of flat areas (docs/RESULTS.md), so that there all are key frames.
 ENCODERS = {
     "av1": ("libsvtav1", {"crf": "30", "preset": "12", "g": "1"}),
