@@ -28,14 +28,14 @@ def main(config: TrainConfig) -> None:
     from vla import checkpoint, rollout, shards
     from vla.data.augment import augment
     from vla.data.loader import loader
-    from vla.data.mixture import open_datasets
+    from vla.data.mixture import open_datasets, select
     from vla.data.stream import Samples, split, summary, training_positions
     from vla.export import deliver, init_from
     from vla.guard import Guard, Signals
     from vla.judge import Judge
-    from vla.learner import Learner, accelerate
-    from vla.log import RunLog
-    from vla.model import DatasetSpec, PolicyConfig, VLAPolicy
+    from vla.learner import Learner, accelerate, check_launch, policy_config
+    from vla.log import RunLog, check_trackers
+    from vla.model import VLAPolicy
     from vla.optim import schedule
     from vla.restore import restore
     from vla.saver import FAILURES, Saver
@@ -44,6 +44,8 @@ def main(config: TrainConfig) -> None:
     started, run_dir = time.perf_counter(), Path(config.run_dir)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     micro_batch, accumulation = options.accumulation(config, world_size)
+    check_launch(config)
+    check_trackers(config.log.trackers)
     resuming = options.resume_folder(config) is not None
     checkpoints = checkpoint.prepare(run_dir, resuming, rank)
     signals = Signals(run_dir)
@@ -52,38 +54,37 @@ def main(config: TrainConfig) -> None:
         torch.backends.cudnn.benchmark = False
     set_seed(config.seed, deterministic=config.deterministic)
 
-    # ---- Data: whole episodes are held out; the statistics are those of the rest.
-    data = open_datasets(config.data)
-    digests = [dataset.digest for dataset in data.datasets]
-    if resuming:
-        checkpoint.check_origin(checkpoints, "data", digests)
-    specs = tuple(
-        DatasetSpec(d.name, data.in_order(d.cameras), d.state_names, d.action_names, d.fps) for d in data.datasets
-    )
+    # ---- Policy: so far the metadata of the data sets are enough; their pictures may take hours to decode.
+    parts = select(config.data)
     # Pretrained weights that are trained come from the checkpoint, those that are not from where they came from.
     saved, needed = (run_dir / "backbone", config.model.freeze or config.lora.rank) if resuming else (None, True)
-    policy = VLAPolicy(PolicyConfig(config.model, data.cameras, data.image_size, specs, config.lora), saved, needed)
+    policy = VLAPolicy(policy_config(config, parts), saved, needed)
     policy.spare_unused()
     if resuming and needed:
         checkpoint.check_origin(checkpoints, "base", policy.config.base)
-    halves = [split(dataset.episodes, config.data.val_fraction, config.seed) for dataset in data.datasets]
-    train_episodes, val_episodes = zip(*halves, strict=True)
-    train_samples = Samples(data, train_episodes, policy.tokenize, config.model.chunk_size, config.seed, shuffle=True)
-    val_samples = Samples(data, val_episodes, policy.tokenize, config.model.chunk_size, config.seed, shuffle=False)
-    steps = config.steps or math.ceil(config.epochs * len(train_samples) / config.global_batch_size)
-
-    # ---- Policy: statistics first, then weights from elsewhere, if any.
-    if not resuming:  # else they are in the checkpoint
-        options.check_steps(config, steps)
-        policy.set_statistics(train_samples.statistics())
     origin = f"pretrained {policy.backbone.originals}" if policy.backbone else "weights from scratch"
     if config.init_from and not resuming:
         origin = init_from(policy, Path(config.init_from))
     if config.eval.env:
         policy.drive(rollout.check_fits(policy.config, config.eval.env, config.eval.dataset))
+    tokens = policy.tokenize([text for part in parts for text in part.layout.instructions])
+
+    # ---- Data: whole episodes are held out; the statistics are those of the rest.
+    data = open_datasets(parts, config.data)
+    digests = [dataset.digest for dataset in data.datasets]
+    if resuming:
+        checkpoint.check_origin(checkpoints, "data", digests)
+    halves = [split(dataset.episodes, config.data.val_fraction, config.seed) for dataset in data.datasets]
+    train_episodes, val_episodes = zip(*halves, strict=True)
+    train_samples = Samples(data, train_episodes, tokens, config.model.chunk_size, config.seed, shuffle=True)
+    val_samples = Samples(data, val_episodes, tokens, config.model.chunk_size, config.seed, shuffle=False)
+    steps = config.steps or math.ceil(config.epochs * len(train_samples) / config.global_batch_size)
+    if not resuming:  # else they are in the checkpoint
+        options.check_steps(config, steps)
+        policy.set_statistics(train_samples.statistics())
 
     # ---- What learns, on all processes.
-    accelerator = accelerate(config, accumulation, world_size)
+    accelerator = accelerate(config, accumulation)
     device, main_process = accelerator.device, accelerator.is_main_process
     learner = Learner(accelerator, policy, config, example=lambda: train_samples.batch(range(micro_batch)))
     ema = learner.ema
@@ -263,7 +264,7 @@ def main(config: TrainConfig) -> None:
             raise FloatingPointError(f"eval/{judge.metric} was never finite, so there is nothing good to export")
 
         def finish() -> None:
-            log.say(deliver(config, state, checkpoints, [spec.name for spec in specs]))
+            log.say(deliver(config, state, checkpoints, [spec.name for spec in policy.config.datasets]))
             log.result(state)
 
         checkpoint.together(accelerator, finish)

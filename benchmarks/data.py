@@ -102,8 +102,8 @@ class OneAtATime(Dataset):
 
 
 def samples(data: LeRobotDataset) -> Samples:
-    tokenize = LanguageModel(ModelConfig(max_tokens=32)).tokenize
-    return Samples(Mixture([data]), [data.episodes], tokenize, CHUNK, seed=0, shuffle=True)
+    tokens = LanguageModel(ModelConfig(max_tokens=32)).tokenize(data.instructions)
+    return Samples(Mixture([data]), [data.episodes], tokens, CHUNK, seed=0, shuffle=True)
 
 
 def ours(data: LeRobotDataset, batches: int, workers: int, skip: int = 8):

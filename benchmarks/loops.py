@@ -20,9 +20,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vla import options
 from vla.config import TrainConfig
-from vla.data.mixture import open_datasets
+from vla.data.mixture import open_datasets, select
 from vla.data.stream import Samples, split
-from vla.model import DatasetSpec, PolicyConfig, VLAPolicy
+from vla.learner import policy_config
+from vla.model import VLAPolicy
 from vla.model.graph import capture_learning
 from vla.optim import make_optimizer, parameter_groups
 
@@ -34,12 +35,13 @@ DEVICE = torch.device("cuda" if CUDA else "cpu")
 def build(config: TrainConfig) -> tuple[VLAPolicy, Samples]:
     """The policy and the samples that train.py makes of these flags."""
     torch.manual_seed(config.seed)
-    data = open_datasets(config.data)
-    specs = [DatasetSpec(d.name, data.in_order(d.cameras), d.state_names, d.action_names, d.fps) for d in data.datasets]
-    policy = VLAPolicy(PolicyConfig(config.model, data.cameras, data.image_size, tuple(specs), config.lora))
+    parts = select(config.data)
+    policy = VLAPolicy(policy_config(config, parts))
     policy.spare_unused()
+    data = open_datasets(parts, config.data)
     episodes = [split(d.episodes, config.data.val_fraction, config.seed)[0] for d in data.datasets]
-    samples = Samples(data, episodes, policy.tokenize, config.model.chunk_size, config.seed, shuffle=True)
+    tokens = policy.tokenize([text for part in parts for text in part.layout.instructions])
+    samples = Samples(data, episodes, tokens, config.model.chunk_size, config.seed, shuffle=True)
     policy.set_statistics(samples.statistics())
     return policy, samples
 

@@ -128,8 +128,8 @@ def long_stream(episodes: int = 10**6, cameras: int = 1, size: int = 8, chunk: i
             np.zeros((len(frames), size), bool),
         ),
     )
-    tokenize = LanguageModel(ModelConfig(max_tokens=8)).tokenize
-    return Samples(Mixture([data]), [np.arange(episodes)], tokenize, chunk, seed=0, shuffle=True)
+    tokens = LanguageModel(ModelConfig(max_tokens=8)).tokenize(data.instructions)
+    return Samples(Mixture([data]), [np.arange(episodes)], tokens, chunk, seed=0, shuffle=True)
 
 
 def first_batch(samples: Samples, step: int) -> float:

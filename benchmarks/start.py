@@ -26,9 +26,9 @@ from launched import ROOT, collect
 BEGAN = "VLA_BEGAN"  # in the environment: the time of the command
 PARTS = {  # module that train.py imports, function, whether it ends a part when it is called: the part
     ("vla.checkpoint", "prepare", True): "imports",
-    ("vla.model", "VLAPolicy.__init__", True): "data",
+    ("vla.model", "VLAPolicy.__init__", True): "metadata",
     ("vla.model", "VLAPolicy.__init__", False): "policy",
-    ("vla.learner", "accelerate", True): "split, statistics",
+    ("vla.learner", "accelerate", True): "data, statistics",
     ("vla.learner", "accelerate", False): "device",
     ("vla.learner", "Learner.__init__", False): "optimizer, graphs",
     ("vla.guard", "Guard.__init__", True): "checkpoint, log",

@@ -59,7 +59,9 @@ def samples(data: LeRobotDataset | Mixture, episodes=None, shuffle: bool = True,
     mixture = data if isinstance(data, Mixture) else Mixture([data])
     episodes = [own.episodes for own in mixture.datasets] if episodes is None else episodes
     episodes = episodes if isinstance(data, Mixture) else np.reshape(episodes, (1, -1))
-    return Samples(mixture, episodes, LanguageModel(ModelConfig(max_tokens=12)).tokenize, CHUNK, seed, shuffle)
+    instructions = [text for own in mixture.datasets for text in own.instructions]
+    tokens = LanguageModel(ModelConfig(max_tokens=12)).tokenize(instructions)
+    return Samples(mixture, episodes, tokens, CHUNK, seed, shuffle)
 
 
 def instruction(batch: dict, row: int) -> str:

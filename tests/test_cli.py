@@ -11,9 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from training import NEW_RUN, ROOT, command, last, run_module, train
+from training import NEW_RUN, ROOT, after, command, last, run_module, train
 
 from vla import InputError, config, options
+from vla.data import lerobot
 from vla.data.lerobot import LeRobotDataset
 from vla.data.write import LeRobotWriter
 
@@ -164,7 +165,7 @@ def test_unknown_flag_is_refused():
         ("--model.freeze vision_encoder --model.unfreeze vision_encoder 16", ["vision_encoder 16", "16 steps"]),
         ("--steps 0 --epochs 1 --model.freeze vision_encoder --model.unfreeze vision_encoder 11", ["the last of 11"]),
         ("--log.trackers nonsense", ["--log.trackers nonsense", "tensorboard"]),
-        ("--cuda_graphs", ["--cuda_graphs needs a GPU, and this trains on the cpu"]),
+        ("--cuda_graphs", ["--cuda_graphs needs a GPU, and this trains on the CPU"]),
         ("--run_dir {tmp}/file/run", ["{tmp}/file/run", "--run_dir"]),
         ("--resume_from {tmp}/empty", ["{tmp}/empty/config.json"]),
         ("--resume_from {tmp}/nowhere", ["{tmp}/nowhere/config.json"]),
@@ -179,9 +180,14 @@ def test_wrong_input_is_refused_in_one_line_and_nothing_is_trained(arguments, wo
     arguments = [*flags, "--run_dir", tmp_path / "run", *arguments.format(tmp=tmp_path).split()]
     if "--resume_from" in arguments:
         arguments = arguments[arguments.index("--resume_from") :]
-    (child,) = train(*arguments)
+    (child,) = train(*arguments, before=tell_of_pictures)
     assert_refused(child, *(word.format(tmp=tmp_path) for word in words))
     assert_nothing_trained(tmp_path / "run")
+    assert not child.found or "--epochs" in arguments  # of which the data set has to say how many steps they are
+
+
+def tell_of_pictures(found):
+    after(lerobot, "open_frames", lambda *_: found.update(opened=True))
 
 
 def test_script_itself_exits_with_one_line(flags, tmp_path):

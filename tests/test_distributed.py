@@ -259,9 +259,12 @@ def test_launched_processes_form_one_group_or_are_refused(flags, tmp_path):
     # A YAML for GPUs on a machine without any must not let each train alone, on half the batch, into one folder.
     own = ["--run_dir", tmp_path / "run"]
     children = train(*flags, *own, processes=2, env={"ACCELERATE_USE_CPU": "false"})
-    refused = [child.code for child in children] == [1, 1] and children[0].stderr.startswith("error: ")
-    assert refused != bool(steps(tmp_path / "run"))
-    assert refused or result(tmp_path / "run")["processes"] == 2
+    if torch.cuda.device_count() >= 2:
+        assert result(tmp_path / "run")["processes"] == 2
+    else:
+        assert [child.code for child in children] == [1, 1]
+        assert f"2 processes were launched on a machine with {torch.cuda.device_count()} GPUs" in children[0].stderr
+        assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("hang_seconds", "hours"), [(600, 1), (0, 24)])
@@ -383,6 +386,8 @@ def untrained(data):
     )
     spec = DatasetSpec("set", dataset.cameras, dataset.state_names, dataset.action_names, dataset.fps)
     policy = VLAPolicy(PolicyConfig(small, dataset.cameras, dataset.image_size, (spec,)))
-    samples = Samples(Mixture([dataset]), [dataset.episodes], policy.tokenize, 4, seed=0, shuffle=False)
+    samples = Samples(
+        Mixture([dataset]), [dataset.episodes], policy.tokenize(dataset.instructions), 4, seed=0, shuffle=False
+    )
     policy.set_statistics(samples.statistics())
     return policy, samples

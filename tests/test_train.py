@@ -105,7 +105,7 @@ def test_run_is_the_training_that_is_written_here(micro, decay, clip, data, flag
     policy, dataset = VLAPolicy.from_pretrained(tmp_path / "run/export"), LeRobotDataset(data)
     policy.load_state_dict(first)
     mine, _ = split(dataset.episodes, 0.05, 0)
-    samples = Samples(Mixture([dataset]), [mine], policy.tokenize, 4, 0, shuffle=True)
+    samples = Samples(Mixture([dataset]), [mine], policy.tokenize(dataset.instructions), 4, 0, shuffle=True)
     groups = parameter_groups(policy, OptimConfig(weight_decay=0.5))
     optimizer, norms = torch.optim.AdamW(groups, betas=(0.6, 0.8)), {}
     average = {name: value.clone() for name, value in policy.state_dict().items()}
@@ -207,7 +207,9 @@ def test_evaluating_twice_gives_the_same_numbers_to_the_bit(finished, data, tmp_
             load(run / "config.json"),
         )
         _, held_out = split(dataset.episodes, settings.data.val_fraction, settings.seed)
-        samples = Samples(Mixture([dataset]), [held_out], policy.tokenize, 4, settings.seed, shuffle=False)
+        samples = Samples(
+            Mixture([dataset]), [held_out], policy.tokenize(dataset.instructions), 4, settings.seed, shuffle=False
+        )
         arguments = Accelerator(cpu=True), policy, samples, settings.eval.samples
         found["values"] = [evaluate.held_out(*arguments, batch_size=size) for size in (12, 12, 1)]
 

@@ -14,16 +14,28 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 
 from vla import InputError, fsdp
 from vla.config import TrainConfig
-from vla.model import VLAPolicy
+from vla.data.mixture import all_cameras
+from vla.data.selection import Selection
+from vla.model import DatasetSpec, PolicyConfig, VLAPolicy
 from vla.model.graph import capture_learning
 from vla.optim import EMA, make_optimizer, parameter_groups
 
 
-def accelerate(config: TrainConfig, accumulation: int, world_size: int) -> Accelerator:
-    """The accelerator that the YAML asks for. Raises InputError if it is not the one that was launched.
+def policy_config(config: TrainConfig, parts: list[Selection]) -> PolicyConfig:
+    """Of a policy for the robots of these data sets."""
+    cameras = all_cameras(parts, config.data.cameras)
+    specs = (
+        DatasetSpec(
+            *(part.name, tuple(camera for camera in cameras if camera in part.cameras)),
+            *(part.state_names, part.action_names, part.layout.fps),
+        )
+        for part in parts
+    )
+    return PolicyConfig(config.model, cameras, parts[0].image_size, tuple(specs), config.lora)
 
-    It does not get the loader, whose order is arithmetic (vla/data/stream.py), nor the schedule (vla/optim.py).
-    """
+
+def check_launch(config: TrainConfig) -> None:
+    """Raises InputError where processes were launched that were not asked for, or for which there are no GPUs."""
     # What accelerate launch sets for several processes, and for one alone that it starts.
     if {"MASTER_ADDR", "ACCELERATE_DYNAMO_USE_FULLGRAPH"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ:
         raise InputError(
@@ -31,6 +43,25 @@ def accelerate(config: TrainConfig, accumulation: int, world_size: int) -> Accel
             "alone, as it does where the YAML says distributed_type NO or MULTI_CPU; take another YAML, such as "
             "accelerate_configs/4gpu.yaml with --num_processes (and ACCELERATE_USE_CPU=true on CPUs)"
         )
+    on_cpu, here = (
+        os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true",
+        int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+    )
+    gpus = 0 if on_cpu else torch.cuda.device_count()
+    if here > max(gpus, 1) and not on_cpu:
+        raise InputError(
+            f"{here} processes were launched on a machine with {gpus} GPUs; launch fewer by --num_processes, or set "
+            "ACCELERATE_USE_CPU=true"
+        )
+    if config.cuda_graphs and not gpus:
+        raise InputError("--cuda_graphs needs a GPU, and this trains on the CPU; leave it out")
+
+
+def accelerate(config: TrainConfig, accumulation: int) -> Accelerator:
+    """The accelerator that the YAML asks for. Raises InputError for settings of it that do not go with the flags.
+
+    It does not get the loader, whose order is arithmetic (vla/data/stream.py), nor the schedule (vla/optim.py).
+    """
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
     # Collectives wait longer than the watchdog, which knows whether the others hang or work (vla/guard.py).
     hang = config.guard.hang_seconds
@@ -42,13 +73,6 @@ def accelerate(config: TrainConfig, accumulation: int, world_size: int) -> Accel
             f"gradient_accumulation_steps is set to {accelerator.gradient_accumulation_steps} by YAML or environment, "
             f"but it follows from the batch sizes and is {accumulation}; take it out of there"
         )
-    if accelerator.num_processes != world_size:
-        raise InputError(
-            f"{world_size} processes were launched, but each would train alone on {accelerator.device.type}: "
-            "the YAML is for GPUs that are not here; take another, or set ACCELERATE_USE_CPU=true"
-        )
-    if config.cuda_graphs and accelerator.device.type != "cuda":
-        raise InputError(f"--cuda_graphs needs a GPU, and this trains on the {accelerator.device.type}; leave it out")
     fsdp.set_up(accelerator, config)
     return accelerator
 

@@ -8,7 +8,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -26,14 +26,15 @@ from vla.config import TrainConfig
 from vla.options import flatten
 
 
-def tracker(name: str, run_dir: Path, first_step: int):
-    """What accelerate's `log_with` takes; TensorBoard's drops what an earlier start logged after `first_step`.
-
-    Raises InputError for a tracker that is unknown or not installed.
-    """
+def check_trackers(names: Iterable[str]) -> None:
+    """Raises InputError for a tracker that is unknown or not installed."""
     available = [str(available) for available in get_available_trackers()]
-    if name not in available:
-        raise InputError(f"--log.trackers {name} is unknown or not installed; here are {', '.join(available)}")
+    if unknown := [name for name in names if name not in available]:
+        raise InputError(f"--log.trackers {unknown[0]} is unknown or not installed; here are {', '.join(available)}")
+
+
+def tracker(name: str, run_dir: Path, first_step: int):
+    """What accelerate's `log_with` takes; TensorBoard's drops what an earlier start logged after `first_step`."""
     if name == "tensorboard":
         return TensorBoardTracker("tensorboard", run_dir, purge_step=first_step + 1)
     return name

@@ -81,6 +81,8 @@ def parse(arguments: list[str]) -> TrainConfig:
     validate(config)
     if run_dir is None:
         _check_schedule(config.optim)
+        if config.steps:  # else train.py knows them when it has read the data
+            check_steps(config, config.steps)
     return config
 
 

@@ -13,7 +13,7 @@ from vla import InputError
 from vla.config import DataConfig
 from vla.data.lerobot import LeRobotDataset
 from vla.data.loader import loader
-from vla.data.mixture import Mixture, open_datasets
+from vla.data.mixture import Mixture, open_datasets, select
 from vla.data.stats import QUANTILES
 from vla.data.stream import Samples, split, summary, training_positions
 
@@ -41,8 +41,7 @@ def mixed(*weights, lengths=(100, 100, 100)):
 
 
 def of_stand_ins(mixture, seed=SEED):
-    tokenize = lambda texts: (torch.zeros(len(texts), 4), torch.ones(len(texts), 4))  # noqa: E731
-    return Samples(mixture, [np.array([0])] * len(mixture.datasets), tokenize, 4, seed, shuffle=True)
+    return Samples(mixture, [np.array([0])] * len(mixture.datasets), (None, None), 4, seed, shuffle=True)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +56,8 @@ def roots(tmp_path_factory):
 
 def opened(paths, **options):
     equally = (1.0,) * len(paths) if len(paths) > 1 else ()
-    return open_datasets(DataConfig(path=tuple(map(str, paths)), **{"weights": equally, "pad_dims": True} | options))
+    config = DataConfig(path=tuple(map(str, paths)), **{"weights": equally, "pad_dims": True} | options)
+    return open_datasets(select(config), config)
 
 
 # ---- Which data set a sample comes from.

@@ -38,8 +38,8 @@ def test_a_far_position_of_a_billion_frames_costs_nothing_and_does_not_depend_on
     episodes = np.arange(1000)
     spans = {"episode_from": episodes * 10**6, "episode_to": (episodes + 1) * 10**6}
     huge = SimpleNamespace(**spans, instructions=["carry the cube"], cameras=(), image_size=(4, 6))
-    tokenize = LanguageModel(ModelConfig(max_tokens=16)).tokenize
-    huge = Samples(Mixture([huge]), [episodes], tokenize, CHUNK, SEED, shuffle=True)
+    tokens = LanguageModel(ModelConfig(max_tokens=16)).tokenize(huge.instructions)
+    huge = Samples(Mixture([huge]), [episodes], tokens, CHUNK, SEED, shuffle=True)
     position = torch.arange(10**12, 10**12 + 5000)
     started = time.perf_counter()
     together = huge.frames(position)[1]

@@ -30,14 +30,10 @@ class Mixture:
 
     def __init__(self, datasets: list[LeRobotDataset], weights: tuple[float, ...] = (), cameras: tuple[str, ...] = ()):
         self.datasets = datasets
-        self.cameras = cameras or tuple(dict.fromkeys(camera for data in datasets for camera in data.cameras))
+        self.cameras = all_cameras(datasets, cameras)
         self.image_size = datasets[0].image_size
         self.counts = _whole_numbers(weights or (1.0,) * len(datasets))
         self.block = sum(self.counts)
-
-    def in_order(self, cameras: tuple[str, ...]) -> tuple[str, ...]:
-        """These cameras in the policy's order."""
-        return tuple(camera for camera in self.cameras if camera in cameras)
 
     def draw(self, position: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         """The data set of each position of the stream, and the position in that data set's own endless stream.
@@ -68,8 +64,16 @@ def _whole_numbers(weights: tuple[float, ...]) -> list[int]:
     return counts
 
 
-def open_datasets(config: DataConfig) -> Mixture:
-    """Open what --data says. Raises InputError, naming the flag, where data sets and flags do not fit together."""
+def all_cameras(parts: list[Selection] | list[LeRobotDataset], chosen: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of all data sets in the policy's order: as they were chosen, or else as they are found."""
+    return chosen or tuple(dict.fromkeys(camera for part in parts for camera in part.cameras))
+
+
+def select(config: DataConfig) -> list[Selection]:
+    """What --data says, of which the metadata alone are read.
+
+    Raises InputError, naming the flag, where data sets and flags do not fit together.
+    """
     if len(config.weights) != len(config.path) and (config.weights or len(config.path) > 1):
         raise InputError(
             f"--data.path names {len(config.path)} data sets and --data.weights {len(config.weights)} shares; give one "
@@ -84,10 +88,14 @@ def open_datasets(config: DataConfig) -> Mixture:
     chosen = {"cameras": config.cameras, "some_cameras": len(names) > 1, "image_size": config.image_size or None}
     chosen |= {"state": config.state, "action": config.action}
     renames = [{camera: name for dataset, camera, name in _camera_map(config) if dataset in ("", own)} for own in names]
-    # All of this is known before any picture is decoded.
     named = zip(config.path, names, renames, strict=True)
     parts = [Selection(path, name=name, rename=rename, **chosen) for path, name, rename in named]
     _check_fit(config, parts)
+    return parts
+
+
+def open_datasets(parts: list[Selection], config: DataConfig) -> Mixture:
+    """Open what was selected, which may decode all pictures. Raises InputError for faults of the data."""
     opened = {"cache": config.cache, "cache_dir": config.cache_dir or None, "tolerance_s": config.tolerance_s}
     opened |= {"skip_bad": config.skip_bad, "accept": config.accept}
     return Mixture([LeRobotDataset(part, **opened) for part in parts], config.weights, config.cameras)

@@ -6,7 +6,7 @@ slice of them. So one integer, the step, resumes a run, and any number of proces
 samples with the same keys.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -41,16 +41,17 @@ def split(episodes: np.ndarray, val_fraction: float, seed: int) -> tuple[np.ndar
 class Samples:
     """The frames of some episodes of a mixture as training samples, fetched in whole batches by their positions.
 
-    episodes: of each data set, rows as in LeRobotDataset. With `shuffle` the positions are those of the endless
-    training stream; without, position i is frame i of these episodes. Batches are as VLAPolicy takes them, with
-    position and key int64 [B].
+    episodes: of each data set, rows as in LeRobotDataset. tokens: what VLAPolicy.tokenize makes of all instructions,
+    those of one data set after those of the other, int64 and bool [tasks, T]. With `shuffle` the positions are those of
+    the endless training stream; without, position i is frame i of these episodes. Batches are as VLAPolicy takes them,
+    with position and key int64 [B].
     """
 
     def __init__(
         self,
         mixture: Mixture,
         episodes: Sequence[np.ndarray],
-        tokenize: Callable[[list[str]], tuple[Tensor, Tensor]],
+        tokens: tuple[Tensor, Tensor],
         chunk_size: int,
         seed: int,
         shuffle: bool,
@@ -58,9 +59,8 @@ class Samples:
         self.mixture, self.chunk_size, self.seed, self.shuffle = mixture, chunk_size, seed, shuffle
         self.parts = [_Part(data, rows) for data, rows in zip(mixture.datasets, episodes, strict=True)]
         self.ends = torch.tensor([len(part) for part in self.parts]).cumsum(0)  # of each data set's frames
-        instructions = [data.instructions for data in mixture.datasets]
-        self.first_task = np.cumsum([0, *map(len, instructions)])
-        self.tokens, self.token_mask = tokenize([text for texts in instructions for text in texts])  # [tasks, T]
+        self.first_task = np.cumsum([0, *(len(data.instructions) for data in mixture.datasets)])
+        self.tokens, self.token_mask = tokens
         self.slots = [[mixture.cameras.index(camera) for camera in data.cameras] for data in mixture.datasets]
         self.camera_mask = torch.zeros(len(self.parts), len(mixture.cameras), dtype=torch.bool)  # [K, N]
         for mask, slots in zip(self.camera_mask, self.slots, strict=True):
