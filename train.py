@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
-from vla import InputError, NotSaved, options, tell
+from vla import InputError, NotSaved, options, told
 from vla.config import TrainConfig
 
 
@@ -276,8 +276,5 @@ def main(config: TrainConfig) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with told():
         main(options.parse(sys.argv[1:]))
-    except (InputError, NotSaved, FloatingPointError) as error:
-        tell(error)
-        sys.exit(1)

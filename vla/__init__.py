@@ -21,6 +21,23 @@ class NotSaved(OSError):
     """A checkpoint that could not be written, without which the run does not go on."""
 
 
+@contextlib.contextmanager
+def told():
+    """Around a command: wrong input, or a file that cannot be used, ends it with one line and exit code 1."""
+    try:
+        yield
+    except (InputError, NotSaved, FloatingPointError) as error:
+        tell(error)
+    except OSError as failure:
+        if failure.filename is None:
+            raise
+        why, cure = failure.strerror, "correct its name or its permissions, or give another"
+        tell(InputError(f"{failure.filename} cannot be used ({why}); {cure}"))
+    else:
+        return
+    sys.exit(1)
+
+
 def tell(error: Exception) -> None:
     """Print an error in one line; once if several processes have met the same, with its number if one other has."""
     from tqdm import tqdm

@@ -7,7 +7,6 @@ python -m vla.checkpoints runs/demo --prune                  delete what is dama
 """
 
 import shutil
-import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Annotated
 import tyro
 from tqdm import tqdm
 
-from vla import InputError, checkpoint, export
+from vla import InputError, checkpoint, export, told
 from vla.config import CheckpointConfig, MovedConfig
 from vla.options import load, run_folder
 
@@ -145,7 +144,5 @@ def main(config: CheckpointsConfig) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with told():
         main(tyro.cli(CheckpointsConfig, prog="python -m vla.checkpoints", config=(tyro.conf.PositionalRequiredArgs,)))
-    except (InputError, OSError) as error:
-        sys.exit(f"error: {error}")

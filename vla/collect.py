@@ -10,7 +10,6 @@ of its own beside it. What is recorded depends on the flags alone, not on the nu
 import json
 import os
 import shutil
-import sys
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import chain
@@ -21,7 +20,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from vla import InputError, sim
+from vla import InputError, sim, told
 from vla.data.encode import Pictures, encode
 from vla.data.write import LeRobotWriter
 from vla.options import within
@@ -192,7 +191,5 @@ def main(config: CollectConfig) -> None:
 if __name__ == "__main__":
     from vla import collect  # by the name that other processes know it by
 
-    try:
+    with told():
         collect.main(tyro.cli(collect.CollectConfig, prog="python -m vla.collect"))
-    except InputError as error:
-        sys.exit(f"error: {error}")

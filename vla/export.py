@@ -8,7 +8,6 @@ python -m vla.export runs/lora --merge                  adapters added to the we
 import json
 import re
 import shutil
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vla import InputError, NotSaved, checkpoint
+from vla import InputError, NotSaved, checkpoint, told
 from vla.config import MovedConfig, TrainConfig
 from vla.model.policy import VLAPolicy
 from vla.options import run_folder
@@ -237,7 +236,5 @@ def main(config: ExportConfig) -> None:
 if __name__ == "__main__":
     import tyro
 
-    try:
+    with told():
         main(tyro.cli(ExportConfig, prog="python -m vla.export", config=(tyro.conf.PositionalRequiredArgs,)))
-    except (InputError, NotSaved) as error:
-        sys.exit(f"error: {error}")

@@ -24,7 +24,7 @@ import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from vla import InputError, keyed, sim
+from vla import InputError, keyed, sim, told
 from vla.config import MovedConfig
 from vla.log import gif
 from vla.model.policy import VLAPolicy
@@ -383,7 +383,5 @@ def _percent(result: dict) -> str:
 if __name__ == "__main__":
     import tyro
 
-    try:
+    with told():
         main(tyro.cli(RolloutConfig, prog="python -m vla.rollout"))
-    except InputError as error:
-        sys.exit(f"error: {error}")

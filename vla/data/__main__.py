@@ -6,7 +6,6 @@ python -m vla.data check data/mine           every fault, with its file and epis
 
 import math
 import re
-import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,7 +13,7 @@ from typing import Annotated, Literal
 import numpy as np
 import tyro
 
-from vla import InputError
+from vla import InputError, told
 from vla.data.frames import decode_all
 from vla.data.index import Index
 from vla.data.lerobot import CACHE
@@ -108,8 +107,10 @@ def info(selection: Selection, index: Index) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options, prog="python -m vla.data"))
-    except InputError as error:
-        own = "|".join(option.name for option in fields(Options))  # train.py's flags have a prefix, and the path is one
-        sys.exit("error: " + re.sub(rf"--data\.({own})\b", r"--\1", str(error)).replace("--path", "the path"))
+    with told():
+        try:
+            main(tyro.cli(Options, prog="python -m vla.data"))
+        except InputError as error:  # train.py's flags have a prefix, and the path is one
+            own = "|".join(option.name for option in fields(Options))
+            message = re.sub(rf"--data\.({own})\b", r"--\1", str(error)).replace("--path", "the path")
+            raise InputError(message) from None
