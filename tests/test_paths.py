@@ -16,7 +16,7 @@ LONG = "x" * 256  # more than a name may have
 @pytest.fixture(scope="module")
 def folder(data, flags, tmp_path_factory):
     """A folder for everybody, with data, a run, and in `closed`, which is for nobody, the same; in `sealed` it is the
-    configurations that nobody may read."""
+    configurations that nobody may read, in `weightless` the weights."""
     run = tmp_path_factory.mktemp("made") / "run"
     (child,) = train(*flags, "--steps", 2, "--run_dir", run)
     child.ok()
@@ -27,6 +27,8 @@ def folder(data, flags, tmp_path_factory):
             shutil.copytree(run, root / place / "run")
         for config in root.glob("sealed/run/**/config.json"):
             config.chmod(0)
+        shutil.copytree(run / "export", root / "weightless")
+        (root / "weightless/model.safetensors").chmod(0)
         (root / "new").mkdir()
         (root / "new").chmod(0o777)
         root.chmod(0o755)
@@ -92,3 +94,22 @@ def test_path_that_cannot_be_used_is_told_in_one_line(command, found, folder):
     cure = "correct its name or its permissions, or give another"
     assert child.stderr == f"error: {found.format(root=folder)} cannot be used ({why}); {cure}\n"
     assert child.code == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        (f"{NEW} --init_from {{root}}/weightless", "--init_from {root}/weightless cannot be read as weights alone"),
+        (
+            f"{NEW} --init_from {{root}}/weightless/model.safetensors",
+            "--init_from {root}/weightless/model.safetensors cannot be read as weights alone",
+        ),
+        (f"{ACT} --policy {{root}}/weightless", "the weights in {root}/weightless cannot be read"),
+    ],
+)
+def test_weights_that_may_not_be_read_are_not_called_missing(command, told, folder):
+    child = as_nobody(*command.format(root=folder).split())
+    assert child.code == 1
+    assert child.stderr.startswith(f"error: {told.format(root=folder)}")
+    assert f"Permission denied: '{folder}/weightless/model.safetensors'" in child.stderr
+    assert len(child.stderr.splitlines()) == 1

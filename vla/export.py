@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from vla import InputError, NotSaved, checkpoint, told
@@ -92,11 +91,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         cure = f": give {path / 'export'} or a checkpoint of it" if (path / "checkpoints").is_dir() else ""
         raise InputError(f"--init_from {path} is neither an export folder nor a file of weights{cure}")
     try:
-        if in_folder:
-            rows = Rows.of(path, "model")
+        if in_folder or path.suffix == ".safetensors":
+            rows = Rows.of(path, "model") if in_folder else Rows.of(path.parent, path.stem)
             weights = {name: rows.tensor(name) for name in rows.parts}
-        elif path.suffix == ".safetensors":
-            weights = load_file(path)
         else:
             weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as failure:  # both libraries raise many kinds; all mean the same to who gave the file

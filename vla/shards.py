@@ -92,6 +92,7 @@ class Rows:
         """Those of one kind in a folder. Raises FileNotFoundError, naming the file, if one is missing."""
         parts: dict[str, list] = {}
         for path in files(folder, kind) or [folder / f"{kind}.safetensors"]:
+            path.open("rb").close()  # safetensors calls every file missing that it cannot open
             file = safe_open(path, "pt")
             for name in file.keys():  # noqa: SIM118
                 parts.setdefault(name, []).append(file.get_slice(name))
