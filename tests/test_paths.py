@@ -1,4 +1,4 @@
-"""Paths on the command line: what cannot be used is told in one line."""
+"""Paths on the command line: what cannot be used is told in one line, and ~ is the home folder."""
 
 import os
 import runpy
@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from training import ROOT, in_children, train
+from training import ROOT, in_children, run_module, train
 
 LONG = "x" * 256  # more than a name may have
 
@@ -113,3 +113,20 @@ def test_weights_that_may_not_be_read_are_not_called_missing(command, told, fold
     assert child.stderr.startswith(f"error: {told.format(root=folder)}")
     assert f"Permission denied: '{folder}/weightless/model.safetensors'" in child.stderr
     assert len(child.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "made"),
+    [
+        ("vla.collect tabletop --episodes 1 --workers 0 --out=~/new/data", "new/data/meta/info.json"),
+        ("vla.export {root}/run --out=~/new/export", "new/export/config.json"),
+        ("vla.checkpoints ~/run --export best ~/new/best", "new/best/config.json"),
+        ("vla.rollout --env=tabletop --episodes=1 --policy=~/run/export --out=~/new/it.json", "new/it.json"),
+        ("vla.data check ~/data --cache_dir=~/new/cache", "new/cache"),
+    ],
+)
+def test_home_is_found_behind_an_equals_sign_by_every_command(command, made, folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    (child,) = run_module(*command.format(root=folder).split())
+    child.ok()
+    assert (folder / made).exists()

@@ -7,6 +7,7 @@ python -m vla.checkpoints runs/demo --prune                  delete what is dama
 """
 
 import shutil
+import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from vla import InputError, checkpoint, export, told
 from vla.config import CheckpointConfig, MovedConfig
-from vla.options import load, run_folder
+from vla.options import at_home, load, run_folder
 
 
 def look(folder: Path, hashes: bool) -> tuple[dict[Path, dict], dict[Path, str], dict[Path, str], Path | None]:
@@ -144,5 +145,6 @@ def main(config: CheckpointsConfig) -> None:
 
 
 if __name__ == "__main__":
+    own = {"prog": "python -m vla.checkpoints", "config": (tyro.conf.PositionalRequiredArgs,)}
     with told():
-        main(tyro.cli(CheckpointsConfig, prog="python -m vla.checkpoints", config=(tyro.conf.PositionalRequiredArgs,)))
+        main(tyro.cli(CheckpointsConfig, args=at_home(sys.argv[1:]), **own))

@@ -10,6 +10,7 @@ of its own beside it. What is recorded depends on the flags alone, not on the nu
 import json
 import os
 import shutil
+import sys
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import chain
@@ -23,7 +24,7 @@ from tqdm import tqdm
 from vla import InputError, sim, told
 from vla.data.encode import Pictures, encode
 from vla.data.write import LeRobotWriter
-from vla.options import within
+from vla.options import at_home, within
 from vla.workers import Workers
 
 
@@ -192,4 +193,4 @@ if __name__ == "__main__":
     from vla import collect  # by the name that other processes know it by
 
     with told():
-        collect.main(tyro.cli(collect.CollectConfig, prog="python -m vla.collect"))
+        collect.main(tyro.cli(collect.CollectConfig, args=at_home(sys.argv[1:]), prog="python -m vla.collect"))

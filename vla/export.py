@@ -8,6 +8,7 @@ python -m vla.export runs/lora --merge                  adapters added to the we
 import json
 import re
 import shutil
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from vla import InputError, NotSaved, checkpoint, told
 from vla.config import MovedConfig, TrainConfig
 from vla.model.policy import VLAPolicy
-from vla.options import run_folder
+from vla.options import at_home, run_folder
 from vla.shards import Rows, files
 
 # What wrappers put before the names of weights: DDP, torch.compile, and trainers that keep the policy as an
@@ -233,5 +234,6 @@ def main(config: ExportConfig) -> None:
 if __name__ == "__main__":
     import tyro
 
+    own = {"prog": "python -m vla.export", "config": (tyro.conf.PositionalRequiredArgs,)}
     with told():
-        main(tyro.cli(ExportConfig, prog="python -m vla.export", config=(tyro.conf.PositionalRequiredArgs,)))
+        main(tyro.cli(ExportConfig, args=at_home(sys.argv[1:]), **own))

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import typing
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def parse(arguments: list[str]) -> TrainConfig:
     """
     import tyro
 
-    read = partial(tyro.cli, TrainConfig, args=[*map(_at_home, arguments)], prog="train.py")
+    read = partial(tyro.cli, TrainConfig, args=at_home(arguments), prog="train.py")
     config = read()
     if config.steps and config.epochs:
         raise InputError(f"found --steps {config.steps} and --epochs {config.epochs}; give one of them")
@@ -86,10 +87,10 @@ def parse(arguments: list[str]) -> TrainConfig:
     return config
 
 
-def _at_home(argument: str) -> str:
+def at_home(arguments: Iterable[str]) -> list[str]:
     """With the home folder in place of ~, which shells leave alone behind `--flag=`."""
-    flag, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
-    return f"{flag}{equals}{os.path.expanduser(value)}"
+    parts = [each.partition("=") if each.startswith("--") else ("", "", each) for each in arguments]
+    return [f"{flag}{equals}{os.path.expanduser(value)}" for flag, equals, value in parts]
 
 
 def from_dict(cls, data: dict, where: str):

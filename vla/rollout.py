@@ -29,7 +29,7 @@ from vla.config import MovedConfig
 from vla.log import gif
 from vla.model.policy import VLAPolicy
 from vla.model.spec import PolicyConfig
-from vla.options import check_policy, run_folder, within
+from vla.options import at_home, check_policy, run_folder, within
 from vla.sim.episodes import Episode, Lane, film_fps
 from vla.workers import Workers
 
@@ -384,4 +384,4 @@ if __name__ == "__main__":
     import tyro
 
     with told():
-        main(tyro.cli(RolloutConfig, prog="python -m vla.rollout"))
+        main(tyro.cli(RolloutConfig, args=at_home(sys.argv[1:]), prog="python -m vla.rollout"))

@@ -6,6 +6,7 @@ python -m vla.data check data/mine           every fault, with its file and epis
 
 import math
 import re
+import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
@@ -19,6 +20,7 @@ from vla.data.index import Index
 from vla.data.lerobot import CACHE
 from vla.data.selection import Selection
 from vla.data.stats import statistics
+from vla.options import at_home
 
 TASKS = 20  # that the page names
 BARS = 10  # at most, of the histogram of lengths
@@ -109,7 +111,7 @@ def info(selection: Selection, index: Index) -> str:
 if __name__ == "__main__":
     with told():
         try:
-            main(tyro.cli(Options, prog="python -m vla.data"))
+            main(tyro.cli(Options, args=at_home(sys.argv[1:]), prog="python -m vla.data"))
         except InputError as error:  # train.py's flags have a prefix, and the path is one
             own = "|".join(option.name for option in fields(Options))
             message = re.sub(rf"--data\.({own})\b", r"--\1", str(error)).replace("--path", "the path")
