@@ -226,6 +226,8 @@ def main(config: RolloutConfig) -> None:
         raise InputError(f"--gif_episodes {found} is none of the {count} episodes, which are counted from 0")
     if config.ensemble is not None and config.n_action_steps:
         raise InputError("--ensemble executes one action of each chunk; leave out --n_action_steps")
+    if config.out and config.gif and Path(config.out).resolve() == Path(config.gif).resolve():
+        raise InputError(f"--out and --gif are both {config.gif}; give each a file of its own")
     for file in filter(None, (config.out, config.gif)):
         if Path(file).is_dir():
             raise InputError(f"{file} is a folder, expected the name of a file")
