@@ -366,6 +366,21 @@ def test_export_refuses_what_is_no_run_in_one_line(finished, tmp_path):
     assert_refused(child, last(run) / "model.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("vla.checkpoints {run} --language_backbone x", "--language_backbone has no effect without --export"),
+        (
+            "vla.collect tabletop --out {run}/data --episodes 5 --episodes_per_task 3",
+            "found --episodes 5 and --episodes_per_task 3; give one of them",
+        ),
+    ],
+)
+def test_option_that_would_have_no_effect_is_refused(command, told, finished):
+    (child,) = run_module(*command.format(run=finished).split())
+    assert_refused(child, told)
+
+
 def test_collected_data_trains_a_policy_that_acts(flags, tmp_path):
     (collected,) = run_module("vla.collect", "tabletop", "--out", tmp_path / "data", "--episodes", 4, "--workers", 1)
     collected.ok()

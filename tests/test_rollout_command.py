@@ -161,6 +161,7 @@ def test_folders_of_results_are_made(exported, tmp_path, monkeypatch, options):
         ({"ensemble": float("inf")}, "--ensemble is inf; expected at least -1"),
         ({"n_action_steps": 99}, r"^--n_action_steps is 99; expected at least 0 and at most 8"),
         ({"gif": "it.gif", "gif_episodes": (-1, 2)}, "--gif_episodes -1 2 is none of the 2 episodes"),
+        ({"gif_episodes": (1,)}, "--gif_episodes 1 has no effect without --gif; give a file, or leave it out"),
         ({"ensemble": 0.01, "n_action_steps": 3}, "--ensemble executes one action .* leave out --n_action_steps"),
         ({"out": "it", "gif": "./it"}, "--out and --gif are both ./it; give each a file of its own"),
         ({"out": "."}, "[.] is a folder, expected the name of a file"),

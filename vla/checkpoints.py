@@ -123,6 +123,8 @@ def main(config: CheckpointsConfig) -> None:
     folder = run_dir / "checkpoints"
     if not folder.is_dir():
         raise InputError(f"{config.run} is no run: there is no folder {folder}; give one that train.py made")
+    if not config.export and (idle := [name for name, place in config.moved().items() if place]):
+        raise InputError(f"--{idle[0]} has no effect without --export; leave it out")
     if config.prune:
         settings = load(run_dir / "config.json").checkpoint
         checkpoint.lock(run_dir, patience=0)

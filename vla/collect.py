@@ -36,8 +36,9 @@ class CollectConfig:
     env: Annotated[str, tyro.conf.Positional]
     # Folder of the new data set.
     out: str
-    # Successful episodes to record, equally many of each task of the environment; failed ones are discarded.
-    episodes: int = 400
+    # Successful episodes to record (default: 400), equally many of each task of the environment; failed ones are
+    # discarded.
+    episodes: int | None = None
     # First seed of the scenes; those from 500,000 on are kept for evaluations.
     seed: int = sim.DEMONSTRATION_SEEDS
     # Standard deviation of noise on the motions that are executed, as a share of their range: the recorded action is
@@ -138,7 +139,10 @@ def main(config: CollectConfig) -> None:
         within(name, getattr(config, name) or 0, 0, None)
     world = sim.make(config.env, config.image_size)
     tasks, noise = world.tasks, world.noise if config.noise is None else config.noise
-    total = config.episodes_per_task * len(tasks) or config.episodes
+    if config.episodes is not None and config.episodes_per_task:
+        both = f"--episodes {config.episodes} and --episodes_per_task {config.episodes_per_task}"
+        raise InputError(f"found {both}; give one of them")
+    total = config.episodes_per_task * len(tasks) or (400 if config.episodes is None else config.episodes)
     each, rest = divmod(total, len(tasks))
     if each < 1 or rest:
         expected = f"a multiple of its {len(tasks)} tasks, or --episodes_per_task" if len(tasks) > 1 else "at least 1"

@@ -221,8 +221,10 @@ def main(config: RolloutConfig) -> None:
         within(name, getattr(config, name) or 0, 0, None)
     within("ensemble", config.ensemble or 0, -1, None)
     shown = [i for i in config.gif_episodes if 0 <= i < count] if config.gif else []
+    found = " ".join(map(str, config.gif_episodes))
+    if config.gif_episodes != RolloutConfig.gif_episodes and not config.gif:
+        raise InputError(f"--gif_episodes {found} has no effect without --gif; give a file, or leave it out")
     if config.gif and not shown:
-        found = " ".join(map(str, config.gif_episodes))
         raise InputError(f"--gif_episodes {found} is none of the {count} episodes, which are counted from 0")
     if config.ensemble is not None and config.n_action_steps:
         raise InputError("--ensemble executes one action of each chunk; leave out --n_action_steps")
