@@ -95,6 +95,15 @@ def test_home_is_found_behind_an_equals_sign_too(monkeypatch):
     assert settings.data.path == ("/home/me/data", "a~b/c")
 
 
+def test_run_with_options_that_have_no_effect_goes_on(tmp_path):
+    settings = save_run(tmp_path / "run")
+    idle = {"data": {"pad_dims": True}, "eval": {"dataset": "arm", "episodes": 5}, "optim": {"decay_share": 0.5}}
+    parts = {name: dataclasses.replace(getattr(settings, name), **changed) for name, changed in idle.items()}
+    options.save(dataclasses.replace(settings, **parts), tmp_path / "run/config.json")
+    resumed = options.parse(["--resume_from", str(tmp_path / "run")])
+    assert (resumed.data, resumed.eval, resumed.optim) == tuple(parts.values())
+
+
 def test_resumed_run_takes_steps_or_epochs_and_not_both(tmp_path):
     save_run(tmp_path / "run")
     with pytest.raises(InputError, match=r"found --steps 99 and --epochs 3\.0; give one of them"):

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from vla import InputError, hub
-from vla.config import MODULES, OptimConfig, TrainConfig
+from vla.config import MODULES, EvalConfig, OptimConfig, TrainConfig
 
 BACKBONES = ("model.backbone", "model.vision_backbone", "model.language_backbone")
 # What may change when a run goes on. The rest makes the training what it is.
@@ -81,7 +81,7 @@ def parse(arguments: list[str]) -> TrainConfig:
     config = dataclasses.replace(config, data=data)
     validate(config)
     if run_dir is None:
-        _check_schedule(config.optim)
+        _check_heeded(config)
         if config.steps:  # else train.py knows them when it has read the data
             check_steps(config, config.steps)
     return config
@@ -340,8 +340,9 @@ def validate(config: TrainConfig) -> None:
         )
 
 
-def _check_schedule(optim: OptimConfig) -> None:
-    """Raises InputError for what is given to the schedule of a new run, and heeded by others alone."""
+def _check_heeded(config: TrainConfig) -> None:
+    """Raises InputError for what is given to a new run, and heeded by others alone."""
+    optim, act = config.optim, config.eval
     heeding = {"final_ratio": ("linear", "cosine", "wsd"), "milestones": ("step",), "decay_share": ("wsd",)}
     for name, schedules in heeding.items():
         if getattr(optim, name) != getattr(OptimConfig(), name) and optim.schedule not in schedules:
@@ -349,6 +350,14 @@ def _check_schedule(optim: OptimConfig) -> None:
                 f"--optim.{name} is heeded by --optim.schedule {' and '.join(schedules)}, and not by {optim.schedule}; "
                 "drop it, or take another schedule"
             )
+    for name in ("dataset", "episodes"):
+        if (value := getattr(act, name)) != getattr(EvalConfig(), name) and not act.env:
+            raise InputError(
+                f"--eval.{name} {value} has no effect without an environment to act in; give --eval.env, such as "
+                "tabletop, or leave it out"
+            )
+    if config.data.pad_dims and len(config.data.path) == 1:
+        raise InputError("--data.pad_dims has no effect on a single data set; leave it out")
 
 
 def check_steps(config: TrainConfig, steps: int) -> None:
