@@ -167,6 +167,7 @@ def test_unknown_flag_is_refused():
         ("--init_from {tmp}/objects.pt", ["--init_from {tmp}/objects.pt", "weights alone"]),
         ("--model.freeze vision_encoder --model.unfreeze vision_encoder 16", ["vision_encoder 16", "16 steps"]),
         ("--steps 0 --epochs 1 --model.freeze vision_encoder --model.unfreeze vision_encoder 11", ["the last of 11"]),
+        ("--data.augment.shift 0.01", ["--data.augment.shift 0.01 of images of 64x64 ", "at least 0.0157"]),
         ("--log.trackers nonsense", ["--log.trackers nonsense", "tensorboard"]),
         ("--cuda_graphs", ["--cuda_graphs needs a GPU, and this trains on the CPU"]),
         ("--run_dir {tmp}/file/run", ["{tmp}/file/run", "--run_dir"]),

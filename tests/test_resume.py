@@ -1,5 +1,6 @@
 """A run that was killed and resumed is the run that was not, bit for bit."""
 
+import json
 import os
 import shutil
 import signal
@@ -49,6 +50,16 @@ def test_resumed_run_equals_uninterrupted_run(workers, stop, accumulation, unint
     (resumed,) = train("--resume_from", run)
     assert f"resumed from {of(run, stop)}" in resumed.ok().stderr
     assert_equal(run, uninterrupted(*micro))
+
+
+def test_run_whose_shift_is_less_than_a_pixel_goes_on(trained, tmp_path):
+    run = shutil.copytree(trained[0], tmp_path / "run")
+    settings = json.loads((run / "config.json").read_text())
+    settings["data"]["augment"]["shift"] = 0.01
+    (run / "config.json").write_text(json.dumps(settings))
+    (resumed,) = train("--resume_from", run, "--steps", 17)
+    resumed.ok()
+    assert steps(run)[-1] == 17
 
 
 def test_moments_of_eight_bits_are_resumed_bit_for_bit(uninterrupted, flags, tmp_path):

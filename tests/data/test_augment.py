@@ -5,7 +5,7 @@ import torch
 
 from vla import InputError, keyed
 from vla.config import AugmentConfig, DataConfig, TrainConfig
-from vla.data.augment import augment
+from vla.data.augment import augment, check
 from vla.options import validate
 
 MANY = 2000
@@ -100,6 +100,17 @@ def test_shift_reaches_its_share_where_floats_fall_short():
     picture[:, :, 50] = 255
     places = augmented(picture, keys(1000), shift=0.29)[:, 0, 1].argmax(1)
     assert (places.min(), places.max()) == (21, 79)
+
+
+@pytest.mark.parametrize(("size", "idle", "least"), [((64, 64), 0.01, 0.0157), ((48, 100), 0.0099, 0.01)])
+def test_shift_of_less_than_a_pixel_is_refused_with_the_least_that_acts(size, idle, least):
+    with pytest.raises(InputError, match=f"shift {idle} of images of {size[0]}x{size[1]} .* at least {least}, or"):
+        check(AugmentConfig(shift=idle), size)
+    for config in (AugmentConfig(), AugmentConfig(shift=least)):
+        check(config, size)
+    picture = torch.arange(3 * size[0] * size[1]).to(torch.uint8).view(3, *size)
+    moved = [(augmented(picture, keys(9), shift=shift) != picture).any() for shift in (idle, least)]
+    assert moved == [False, True]
 
 
 @pytest.mark.parametrize("size", [(24, 48), (48, 24)])

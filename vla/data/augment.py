@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vla import keyed
+from vla import InputError, keyed
 from vla.config import AugmentConfig
 
 LUMA = 0.299, 0.587, 0.114  # gray of red, green and blue (ITU-R BT.601)
@@ -37,6 +37,20 @@ def augment(images: Tensor, key: Tensor, config: AugmentConfig) -> Tensor:
     if moving:
         pixels = _moved(pixels, draws[:, 4:], config)
     return pixels.round_().to(torch.uint8).unflatten(0, images.shape[:2])
+
+
+def check(config: AugmentConfig, image_size: tuple[int, int]) -> None:
+    """Raises InputError for a shift that moves no image of this height and width."""
+    if config.shift and not any(_largest_shift(config, size) for size in image_size):
+        (height, width), least = image_size, math.ceil(1e4 / max(image_size)) / 1e4
+        raise InputError(
+            f"--data.augment.shift {config.shift} of images of {height}x{width} is less than a pixel; give at least "
+            f"{least}, or leave it out"
+        )
+
+
+def _largest_shift(config: AugmentConfig, size: int) -> int:
+    return int(config.shift * size + 1e-6)  # in whole pixels, which blur nothing; 0.29 of 100 are 29
 
 
 def _colored(pixels: Tensor, draws: Tensor, config: AugmentConfig) -> Tensor:
@@ -78,7 +92,7 @@ def _moved(pixels: Tensor, draws: Tensor, config: AugmentConfig) -> Tensor:
 
     def before_shift(size: int, draw: Tensor) -> Tensor:
         """Where pixels were before the shift, from the centre. [I] -> [I, size]"""
-        largest = int(config.shift * size + 1e-6)  # in whole pixels, which blur nothing; 0.29 of 100 are 29
+        largest = _largest_shift(config, size)
         shift = (draw * (2 * largest + 1)).floor() - largest
         return torch.arange(size, device=draw.device) - (size - 1) / 2 - shift[:, None]
 
