@@ -378,6 +378,8 @@ def test_export_refuses_what_is_no_run_in_one_line(finished, tmp_path):
             "vla.collect tabletop --out {run}/data --episodes 5 --episodes_per_task 3",
             "found --episodes 5 and --episodes_per_task 3; give one of them",
         ),
+        ("vla.rollout --policy {run}/export --env tabletop --backbone x", "has no pretrained backbone; leave out --b"),
+        ("vla.export {run} --out {run}/other --backbone x", "has no pretrained backbone; leave out --backbone"),
     ],
 )
 def test_option_that_would_have_no_effect_is_refused(command, told, finished):

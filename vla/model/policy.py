@@ -221,6 +221,8 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
         settings = from_dict(PolicyConfig, config, str(folder / "config.json"))
         moved = {"backbone": backbone, "vision_backbone": vision_backbone, "language_backbone": language_backbone}
         moved = {n: str(Path(p).resolve() if Path(p).is_dir() else p) for n, p in moved.items() if p}
+        if moved and not (settings.model.backbone or settings.model.vision_backbone):
+            raise InputError(f"{folder} has no pretrained backbone; leave out --{' and --'.join(moved)}")
         if settings.model.attention == "flash_attention_2":  # an export loads anywhere
             moved["attention"] = "sdpa"
         settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, **moved))
@@ -229,9 +231,7 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
             places = folder / "backbone", run_folder(folder) / "backbone"  # a checkpoint's is that of its run
             saved = next((place for place in places if place.is_dir()), None)
             if saved is None:
-                raise InputError(
-                    f"{folder} has no folder backbone (tokenizer, configuration); copy that of its run to it"
-                )
+                raise InputError(f"{folder} has no folder backbone (tokenizer, configuration); copy its run's to it")
         policy = cls(settings, saved, weights=bool(settings.base))
         policy.check_base(settings.base, folder)
         own = policy.state_dict()
