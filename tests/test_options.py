@@ -1,6 +1,7 @@
 """Flags become settings and settings JSON; a run that goes on has those that it began with."""
 
 import dataclasses
+import json
 import typing
 
 import pytest
@@ -216,3 +217,43 @@ def test_configuration_comes_back_from_json_as_it_was(tmp_path):
     assert all(value != default[name] for name, value in options.flatten(settings).items())
     options.save(settings, tmp_path / "config.json")
     assert options.load(tmp_path / "config.json") == dataclasses.replace(settings, resume_from="")
+
+
+@pytest.mark.parametrize(
+    ("name", "found", "expected"),
+    [
+        ("model.width", "64", "int"),
+        ("model.width", 64.0, "int"),
+        ("steps", True, "int"),
+        ("compile", 1, "bool"),
+        ("run_dir", None, "str"),
+        ("optim.lr", None, "float"),
+        ("guard.hang_seconds", "x", "float"),
+        ("optim.schedule", "zigzag", "Literal['constant', 'linear', 'cosine', 'step', 'wsd']"),
+        ("model.head", ["flow"], "Literal['flow', 'regression', 'token']"),
+        ("data.path", "data", "list[str, ...]"),
+        ("data.path", [1], "list[str, ...]"),
+        ("data.image_size", ["a", 2], "list[int, ...]"),
+        ("optim.betas", [0.9], "list[float, float]"),
+        ("optim.module_lrs", [["a"]], "list[list[str, float], ...]"),
+    ],
+)
+def test_value_of_another_kind_is_refused_naming_file_option_found_and_expected(name, found, expected, tmp_path):
+    save_run(tmp_path / "run")
+    path = tmp_path / "run/config.json"
+    settings = place = json.loads(path.read_text())
+    *parts, last = name.split(".")
+    for part in parts:
+        place = place[part]
+    place[last] = found
+    path.write_text(json.dumps(settings))
+    with pytest.raises(InputError) as refused:
+        options.parse(["--resume_from", str(tmp_path / "run")])
+    assert str(refused.value) == f"{path} has {name} {found!r}, expected {expected}; correct it"
+
+
+def test_whole_number_is_a_number(tmp_path):
+    settings = save_run(tmp_path / "run", "--optim.lr", "1")
+    path = tmp_path / "run/config.json"
+    path.write_text(path.read_text().replace('"lr": 1.0', '"lr": 1'))
+    assert options.load(path).optim == settings.optim

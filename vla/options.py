@@ -4,6 +4,7 @@ Nothing here imports torch, so that `--help` and a wrong flag answer at once.
 """
 
 import dataclasses
+import inspect
 import json
 import math
 import os
@@ -93,10 +94,10 @@ def at_home(arguments: Iterable[str]) -> list[str]:
     return [f"{flag}{equals}{os.path.expanduser(value)}" for flag, equals, value in parts]
 
 
-def from_dict(cls, data: dict, where: str):
+def from_dict(cls, data: dict, where: str, prefix: str = ""):
     """The dataclass `cls` from what JSON made of it, with those inside it and in its tuples.
 
-    Raises InputError for a key that it does not have.
+    Raises InputError for a key that it does not have, and for a value of another type or that is no choice.
     """
     if not isinstance(data, dict):
         raise InputError(f"{where} has {data!r} in place of the entries of a {cls.__name__}; restore it")
@@ -112,13 +113,27 @@ def from_dict(cls, data: dict, where: str):
     for name, value in data.items():
         (item, *_) = typing.get_args(kinds[name]) or (None,)
         if dataclasses.is_dataclass(kinds[name]):
-            value = from_dict(kinds[name], value, where)
+            value = from_dict(kinds[name], value, where, f"{prefix}{name}.")
         elif dataclasses.is_dataclass(item):
             if not isinstance(value, list):
                 raise InputError(f"{where} has {name} {value!r}, expected a list; restore it")
-            value = [from_dict(item, each, where) for each in value]
+            value = [from_dict(item, each, where, f"{prefix}{name}.") for each in value]
         values[name] = _tuples(value)
+        if not _is_a(kinds[name], values[name]):
+            expected = inspect.formatannotation(kinds[name]).replace("tuple", "list")
+            raise InputError(f"{where} has {prefix}{name} {value!r}, expected {expected}; correct it")
     return cls(**values)
+
+
+def _is_a(kind, value) -> bool:
+    """Whether a value from JSON is of the kind that a field of a dataclass has."""
+    items = typing.get_args(kind)
+    if typing.get_origin(kind) is typing.Literal:
+        return value in items
+    if typing.get_origin(kind) is tuple:
+        items = items[:1] * len(value) if isinstance(value, tuple) and ... in items else items
+        return isinstance(value, tuple) and len(value) == len(items) and all(map(_is_a, items, value))
+    return type(value) in ((int, float) if kind is float else (kind,))
 
 
 def _tuples(value):
