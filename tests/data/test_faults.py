@@ -196,6 +196,11 @@ def test_tolerance_of_half_a_frame_is_refused(bases, tolerance):
     assert not LeRobotDataset(bases["h264"], tolerance_s=0.0499).faults
 
 
+def test_tolerance_below_zero_is_no_fault_of_the_data(bases):
+    with pytest.raises(InputError, match=r"^--tolerance_s is -1; expected at least 0$"):
+        command.main(command.Options("check", str(bases["h264"]), tolerance_s=-1))
+
+
 def test_check_takes_a_tolerance_and_writes_where_it_is_told(bases, tmp_path):
     root = copy(bases["h264"], tmp_path / "set")
     edit_value(root / DATA, "timestamp", 6, 0.202)

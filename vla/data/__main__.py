@@ -20,7 +20,7 @@ from vla.data.index import Index
 from vla.data.lerobot import CACHE
 from vla.data.selection import Selection
 from vla.data.stats import statistics
-from vla.options import at_home
+from vla.options import at_home, within
 
 TASKS = 20  # that the page names
 BARS = 10  # at most, of the histogram of lengths
@@ -47,6 +47,7 @@ class Options:
 
 
 def main(options: Options) -> None:
+    within("tolerance_s", options.tolerance_s, 0, None)
     selection = Selection(options.path, cameras=options.cameras, state=options.state, action=options.action)
     layout = selection.layout
     index = Index(selection, options.tolerance_s, Path(options.cache_dir or layout.root / CACHE))
