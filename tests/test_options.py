@@ -23,7 +23,8 @@ from vla import InputError, config, options
         ("optim.lr", 0.0003, 0.01),
         ("optim.module_lrs", (("action_head", 0.0001),), (("action_head", 0.5),)),
         ("optim.ema", 0.999, 0.5),
-        ("init_from", "", "elsewhere"),
+        ("init_from", "none", "elsewhere"),
+        ("data.image_size", "none", (32, 32)),
         ("run_dir", "run", "elsewhere"),
     ],
 )

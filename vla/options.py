@@ -64,9 +64,10 @@ def parse(arguments: list[str]) -> TrainConfig:
         if "run_dir" in changed and Path(config.run_dir).resolve() == run_dir.resolve():
             changed.remove("run_dir")
         if changed:
+            has = {name: "none" if before[name] in ("", ()) else before[name] for name in changed}
             raise InputError(
                 f"--resume_from {config.resume_from} goes on with the run's own settings; these flags disagree: "
-                + "; ".join(f"--{name} {after[name]} (the run has {before[name]})" for name in changed)
+                + "; ".join(f"--{name} {after[name]} (the run has {has[name]})" for name in changed)
                 + ". Leave them out, or start a new run with --init_from"
             )
         config = dataclasses.replace(config, run_dir=str(run_dir))
