@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from saving import fill, mounted
 from training import after, run_module, train
 
-from vla import InputError
+from vla import InputError, NotSaved
 from vla.data.stats import statistics
 from vla.export import ExportConfig, export, init_from, main
 from vla.model import VLAPolicy
@@ -249,6 +249,13 @@ def test_folder_that_cannot_be_replaced_is_refused(trained, tmp_path, monkeypatc
     assert not list((tmp_path / "here").iterdir())
     main(ExportConfig(str(run), "export"))
     assert VLAPolicy.from_pretrained("export")
+
+
+def test_export_that_cannot_be_written_names_the_flag_that_helps(checkpoint, tmp_path):
+    (tmp_path / "file").touch()
+    told = rf"file/out cannot be written \(NotADir.*; make room, or choose another --out, then .* {checkpoint}$"
+    with pytest.raises(NotSaved, match=told):
+        export(checkpoint, tmp_path / "file/out", "Trained for 7 steps.")
 
 
 def test_folder_that_a_link_leads_to_is_replaced_and_the_link_stays(checkpoint, tmp_path):

@@ -56,7 +56,8 @@ def export(source: Path, out: Path, summary: str, merge: bool = False, **moved: 
     except (OSError, SafetensorError) as failure:
         shutil.rmtree(temporary, ignore_errors=True)
         why = checkpoint.in_one_line(failure)
-        raise NotSaved(f"{out} cannot be written ({why}); make room, then python -m vla.export {source}") from None
+        cure = f"make room, or choose another --out, then python -m vla.export {source}"
+        raise NotSaved(f"{out} cannot be written ({why}); {cure}") from None
 
 
 def deliver(config: TrainConfig, state: dict, checkpoints: Path, datasets: list[str]) -> str:
