@@ -162,7 +162,7 @@ def test_options_of_collection_that_cannot_work_are_refused(tmp_path, name):
 
 
 def test_images_too_small_to_draw_are_refused(tmp_path):
-    with pytest.raises(InputError, match="image_size is 16; expected at least 17 pixels"):
+    with pytest.raises(InputError, match=r"images of 16 pixels are too small .* an --image_size of at least 17"):
         collected(tmp_path / "set", image_size=16)
     collected(tmp_path / "set", image_size=17, episodes=1, workers=0)
 

@@ -209,7 +209,8 @@ class RolloutConfig(MovedConfig):
 
 def main(config: RolloutConfig) -> None:
     check_policy(config.policy)
-    world = sim.make(config.env)
+    within("image_size", config.image_size, 0, None)
+    world = sim.make(config.env, config.image_size)
     tasks, tiers = world.tasks, world.tiers
     count = config.episodes
     if count is None:
@@ -217,7 +218,7 @@ def main(config: RolloutConfig) -> None:
     within("episodes", count, 1, None)
     within("batch_size", config.batch_size, 1, None)
     within("seed", config.seed, 0, 2**32 - 1)
-    for name in ("n_action_steps", "workers", "image_size"):
+    for name in ("n_action_steps", "workers"):
         within(name, getattr(config, name) or 0, 0, None)
     within("ensemble", config.ensemble or 0, -1, None)
     shown = [i for i in config.gif_episodes if 0 <= i < count] if config.gif else []
@@ -241,9 +242,9 @@ def main(config: RolloutConfig) -> None:
             if new:
                 path.unlink()
     try:
-        torch.empty(0, device=config.device)
-    except (AssertionError, RuntimeError) as failure:
-        reason = str(failure).partition("\n")[0]
+        torch.zeros(1, device=config.device).item()  # of which some hold none
+    except (AssertionError, ImportError, RuntimeError) as failure:
+        reason = str(failure).partition("\n")[0].partition(". ")[0]
         raise InputError(f"--device {config.device} cannot be used ({reason}); give cpu, or leave it out") from None
     policy = VLAPolicy.from_pretrained(config.policy, **config.moved()).to(config.device)
     dataset = check_fits(policy.config, config.env, config.dataset)

@@ -64,7 +64,10 @@ class Tabletop:
 
     def __init__(self, image_size: int = 64, objects: int = 3, zones: int = 3):
         if image_size < SMALLEST:
-            raise InputError(f"image_size is {image_size}; expected at least {SMALLEST} pixels, to draw the gripper in")
+            raise InputError(
+                f"images of {image_size} pixels are too small to draw the gripper in; expected an --image_size of at "
+                f"least {SMALLEST}"
+            )
         self.image_size, self.object_count, self.zone_count = (image_size, image_size), objects, zones
 
     def reset(self, seed: int, task: int = 0) -> dict:
