@@ -26,7 +26,7 @@ def main(config: TrainConfig) -> None:
     from accelerate.utils import set_seed
 
     from vla import checkpoint, rollout, shards
-    from vla.data import augment
+    from vla.data.augment import augment, check_shift
     from vla.data.loader import loader
     from vla.data.mixture import open_datasets, select
     from vla.data.stream import Samples, split, summary, training_positions
@@ -57,7 +57,7 @@ def main(config: TrainConfig) -> None:
     # ---- Policy: so far the metadata of the data sets are enough; their pictures may take hours to decode.
     parts = select(config.data)
     if not resuming:
-        augment.check(config.data.augment, parts[0].image_size)
+        check_shift(config.data.augment, parts[0].image_size)
     # Pretrained weights that are trained come from the checkpoint, those that are not from where they came from.
     saved, needed = (run_dir / "backbone", config.model.freeze or config.lora.rank) if resuming else (None, True)
     policy = VLAPolicy(policy_config(config, parts), saved, needed)
@@ -213,7 +213,7 @@ def main(config: TrainConfig) -> None:
                 guard.go_on(f"waiting for the data of step {step + 1}")
                 batch = next(batches)
             guard.go_on(f"computing step {step + 1}")
-            batch["images"] = augment.augment(batch["images"], batch["key"], config.data.augment)
+            batch["images"] = augment(batch["images"], batch["key"], config.data.augment)
             if step == 0 and not sums:
                 log.images(step, "first_batch", batch["images"][:8].cpu().numpy())
             with accelerator.accumulate(model):  # gradients cross processes with the last micro-batch alone

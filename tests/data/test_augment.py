@@ -5,7 +5,7 @@ import torch
 
 from vla import InputError, keyed
 from vla.config import AugmentConfig, DataConfig, TrainConfig
-from vla.data.augment import augment, check
+from vla.data.augment import augment, check_shift
 from vla.options import validate
 
 MANY = 2000
@@ -105,9 +105,9 @@ def test_shift_reaches_its_share_where_floats_fall_short():
 @pytest.mark.parametrize(("size", "idle", "least"), [((64, 64), 0.01, 0.0157), ((48, 100), 0.0099, 0.01)])
 def test_shift_of_less_than_a_pixel_is_refused_with_the_least_that_acts(size, idle, least):
     with pytest.raises(InputError, match=f"shift {idle} of images of {size[0]}x{size[1]} .* at least {least}, or"):
-        check(AugmentConfig(shift=idle), size)
+        check_shift(AugmentConfig(shift=idle), size)
     for config in (AugmentConfig(), AugmentConfig(shift=least)):
-        check(config, size)
+        check_shift(config, size)
     picture = torch.arange(3 * size[0] * size[1]).to(torch.uint8).view(3, *size)
     moved = [(augmented(picture, keys(9), shift=shift) != picture).any() for shift in (idle, least)]
     assert moved == [False, True]

@@ -39,7 +39,7 @@ def augment(images: Tensor, key: Tensor, config: AugmentConfig) -> Tensor:
     return pixels.round_().to(torch.uint8).unflatten(0, images.shape[:2])
 
 
-def check(config: AugmentConfig, image_size: tuple[int, int]) -> None:
+def check_shift(config: AugmentConfig, image_size: tuple[int, int]) -> None:
     """Raises InputError for a shift that moves no image of this height and width."""
     if config.shift and not any(_largest_shift(config, size) for size in image_size):
         (height, width), least = image_size, math.ceil(1e4 / max(image_size)) / 1e4
