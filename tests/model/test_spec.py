@@ -71,6 +71,14 @@ WRONG = {
         "--model.loss.bce has no effect with --model.head regression",
     ),
     "no weight at all": ({"loss": LossConfig(flow=0)}, "the loss weights flow are all 0"),
+    "no weight of the gripper": (
+        {"head": "regression", "gripper_dims": (2,), "loss": LossConfig(bce=0)},
+        "the loss weights bce are all 0, so the gripper dimensions learn nothing; raise one",
+    ),
+    "no weight of the motion": (
+        {"head": "regression", "gripper_dims": (2,), "loss": LossConfig(l1=0)},
+        "the loss weights l1, mse are all 0, so the other dimensions learn nothing; raise one",
+    ),
     "nothing but language": ({"head": "token", "loss": LossConfig(ce=0, lm=1)}, "the loss weights ce are all 0"),
     "a part to train under one that is never": (
         {"freeze": ("language_model", "language_model.norm"), "unfreeze": (("language_model.norm", 5),)},

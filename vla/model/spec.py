@@ -103,18 +103,19 @@ def check(config: PolicyConfig) -> None:
         raise InputError(
             f"--model.gripper_dims has no effect with --model.head {model.head}; leave it out, or use regression"
         )
-    used = {"flow": {"flow"}, "token": {"ce"}, "regression": set()}[model.head]
+    terms = {"flow": {"actions": ["flow"]}, "token": {"actions": ["ce"]}, "regression": {}}[model.head]
     if model.head == "regression":
-        used |= {"bce"} if model.gripper_dims else set()
-        used |= {"l1", "mse"} if len(set(model.gripper_dims)) < config.action_dim else set()
+        terms |= {"gripper dimensions": ["bce"]} if model.gripper_dims else {}
+        terms |= {"other dimensions": ["l1", "mse"]} if len(set(model.gripper_dims)) < config.action_dim else {}
     for name, default in dataclasses.asdict(LossConfig()).items():
         weight = getattr(loss, name)
         if not 0 <= weight < math.inf:
             raise InputError(f"--model.loss.{name} is {weight}; expected 0 or more")
-        if weight != default and name not in used | {"lm"}:
+        if weight != default and name not in sum(terms.values(), ["lm"]):
             raise InputError(f"--model.loss.{name} has no effect with --model.head {model.head} here; leave it out")
-    if not sum(getattr(loss, name) for name in used):
-        raise InputError(f"the loss weights {', '.join(sorted(used))} are all 0, so nothing is learned; raise one")
+    for what, names in terms.items():
+        if not sum(getattr(loss, name) for name in names):
+            raise InputError(f"the loss weights {', '.join(names)} are all 0, so the {what} learn nothing; raise one")
     if loss.lm and {"language_model", "language_model.model"} & set(model.freeze):
         raise InputError("--model.loss.lm trains the language_model, which --model.freeze freezes; drop one")
     if model.hidden_layer and not loss.lm:
