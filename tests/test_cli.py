@@ -97,6 +97,10 @@ def assert_nothing_trained(run):
         ("--eval.samples 0", ["--eval.samples", "0"]),
         ("--checkpoint.every 0", ["--checkpoint.every", "0"]),
         ("--checkpoint.keep 0", ["--checkpoint.keep", "0"]),
+        (
+            "--checkpoint.every 5 --checkpoint.keep_every 7",
+            ["--checkpoint.keep_every is 7", "multiple of --checkpoint.every 5"],
+        ),
         ("--log.every 0", ["--log.every", "0"]),
         ("--log.profile -1", ["--log.profile", "-1"]),
     ],

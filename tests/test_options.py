@@ -68,6 +68,16 @@ def test_resumed_run_takes_epochs_in_place_of_steps(tmp_path):
     assert (settings.steps, settings.epochs) == (0, 3)
 
 
+def test_run_whose_checkpoints_to_keep_are_not_all_made_can_be_resumed_as_it_is(tmp_path):
+    settings = save_run(tmp_path)
+    kept = dataclasses.replace(settings.checkpoint, every=5, keep_every=7)  # refused today
+    options.save(dataclasses.replace(settings, checkpoint=kept), tmp_path / "config.json")
+    assert options.parse(["--resume_from", str(tmp_path)]).checkpoint == kept
+    with pytest.raises(InputError, match=r"keep_every is 8; expected a multiple of --checkpoint\.every 5"):
+        options.parse(["--resume_from", str(tmp_path), "--checkpoint.keep_every", "8"])
+    assert options.parse(["--resume_from", str(tmp_path), "--checkpoint.keep_every", "10"]).checkpoint.keep_every == 10
+
+
 def test_data_of_a_run_are_found_from_any_directory(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     monkeypatch.chdir(tmp_path)

@@ -235,7 +235,7 @@ class CheckpointConfig:
     every: int = 1000
     # Newest checkpoints to keep; the best is kept beside them.
     keep: int = 2
-    # Also keep every checkpoint whose step is a multiple of this (0: none).
+    # Also keep every checkpoint whose step is a multiple of this, itself a multiple of `every` (0: none).
     keep_every: int = 0
 
 

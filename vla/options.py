@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from vla import InputError, hub
-from vla.config import MODULES, EvalConfig, OptimConfig, TrainConfig
+from vla.config import MODULES, CheckpointConfig, EvalConfig, OptimConfig, TrainConfig
 
 BACKBONES = ("model.backbone", "model.vision_backbone", "model.language_backbone")
 # What may change when a run goes on. The rest makes the training what it is.
@@ -86,6 +86,8 @@ def parse(arguments: list[str]) -> TrainConfig:
         _check_heeded(config)
         if config.steps:  # else train.py knows them when it has read the data
             check_steps(config, config.steps)
+    if run_dir is None or config.checkpoint != saved.checkpoint:  # what a run has always had stays
+        _check_kept(config.checkpoint)
     return config
 
 
@@ -374,6 +376,15 @@ def _check_heeded(config: TrainConfig) -> None:
             )
     if config.data.pad_dims and len(config.data.path) == 1:
         raise InputError("--data.pad_dims has no effect on a single data set; leave it out")
+
+
+def _check_kept(config: CheckpointConfig) -> None:
+    """Raises InputError if not all checkpoints that are to be kept would be made."""
+    if config.keep_every % config.every:
+        raise InputError(
+            f"--checkpoint.keep_every is {config.keep_every}; expected a multiple of "
+            f"--checkpoint.every {config.every}, or 0 for none"
+        )
 
 
 def check_steps(config: TrainConfig, steps: int) -> None:
