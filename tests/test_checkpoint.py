@@ -8,14 +8,13 @@ import re
 import shutil
 from pathlib import Path
 
-import accelerate
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from saving import seal
 from training import after, assert_equal, die_at, flip, last, of, result, steps, train
 
-from vla import InputError, checkpoint, evaluate
+from vla import InputError, checkpoint, evaluate, restore
 
 FILES = (
     "MANIFEST.json",
@@ -178,27 +177,23 @@ def killed(flags, tmp_path_factory):
 
 
 def tell_what_is_loaded(found):
-    """A hook: the checkpoints whose weights are loaded, in `found`."""
+    """A hook: the checkpoints that are loaded, in `found`."""
     found["loaded"] = []
-
-    def tell(_, model, file, **named):
-        found["loaded"].append(file.parent.name)
-
-    after(accelerate.checkpointing, "load_model", tell)
+    after(restore, "load", lambda _, *arguments: found["loaded"].append(arguments[-1].name))
 
 
-def fail_after_the_weights(rank):
-    """A hook: of step 10 this process can load no more than the weights."""
+def fail_at_the_moments(rank):
+    """A hook: this process cannot load the moments of step 10."""
 
     def hook(found):
         tell_what_is_loaded(found)
 
-        def load(file, *arguments, original=accelerate.checkpointing.load, **named):
-            if Path(file).parts[-2:] == ("step_00000010", "optimizer.bin") and int(os.environ["RANK"]) == rank:
+        def load(file, original=restore.load_tensors, **named):
+            if file.parts[-2:] == ("step_00000010", "optimizer.bin") and int(os.environ["RANK"]) == rank:
                 raise MemoryError
-            return original(file, *arguments, **named)
+            return original(file, **named)
 
-        accelerate.checkpointing.load = load
+        restore.load_tensors = load
 
     return hook
 
@@ -208,14 +203,15 @@ def test_all_processes_go_on_from_the_next_older_checkpoint_and_equal_the_uninte
     fault, killed, uninterrupted, tmp_path
 ):
     run = Path(shutil.copytree(killed, tmp_path / "run"))
-    hook, loaded = tell_what_is_loaded, ["step_00000007"]
+    hook, loaded = tell_what_is_loaded, [["step_00000007"], ["step_00000007"]]
     if fault == "damaged":
         flip(run / "checkpoints/step_00000010/optimizer.bin")
     else:
-        hook, loaded = fail_after_the_weights(rank=int("second" in fault)), ["step_00000010", *loaded]
+        failing = int("second" in fault)
+        hook = fail_at_the_moments(failing)
+        loaded[1 - failing].insert(0, "step_00000010")
     children = train("--resume_from", run, before=hook, processes=2)
-    for child in children:
-        assert child.ok().found["loaded"] == loaded
+    assert [child.ok().found["loaded"] for child in children] == loaded
     warning = "optimizer.bin is damaged" if fault == "damaged" else "step_00000010 cannot be loaded: MemoryError"
     assert warning in children[0].stderr
     assert f"resumed from {run}/checkpoints/step_00000007" in children[0].stderr
@@ -224,7 +220,7 @@ def test_all_processes_go_on_from_the_next_older_checkpoint_and_equal_the_uninte
 
 def test_checkpoint_named_that_one_process_cannot_load_is_refused_on_all(killed, tmp_path):
     run = Path(shutil.copytree(killed, tmp_path / "run"))
-    children = train("--resume_from", last(run), before=fail_after_the_weights(rank=1), processes=2)
+    children = train("--resume_from", last(run), before=fail_at_the_moments(rank=1), processes=2)
     assert [child.code for child in children] == [1, 1]
     assert f"error: {last(run)} cannot be loaded: MemoryError" in children[0].stderr
 
@@ -327,7 +323,6 @@ PLANTED = {
     "optimizer.bin": "cannot be loaded",
     "random_states_0.pkl": "cannot be loaded",
     "ema.safetensors": "cannot be loaded",
-    "custom_checkpoint_0.pkl": "cannot be loaded",
     "trainer_state.json": "cannot be loaded",
     "MANIFEST.json": "is no whole checkpoint",
 }
@@ -361,6 +356,14 @@ def test_run_with_a_planted_pickle_goes_on_from_the_checkpoint_before(run):
     assert f"{newest} cannot be loaded" in child.ok().stderr
     assert f"resumed from {run}/checkpoints/step_00000015" in child.stderr
     assert not mark.exists()
+
+
+def test_pickle_that_no_checkpoint_has_is_not_read(run):
+    torch.save(Payload(run / "mark"), last(run) / "custom_checkpoint_0.pkl")  # where accelerate looks for more
+    seal(last(run))
+    (child,) = train("--resume_from", last(run))
+    assert f"resumed from {last(run)}" in child.ok().stderr
+    assert not (run / "mark").exists()
 
 
 @pytest.mark.parametrize("way", ["../model.safetensors", "absolute", "sub/model.safetensors", "link"])

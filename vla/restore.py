@@ -25,8 +25,8 @@ def load(
 ) -> dict:
     """Restore policy, optimizer, average and generators from a verified checkpoint. Returns the `state` given to save.
 
-    Nothing of it is executed: JSON, safetensors, and torch.load with weights_only. Raises InputError, having changed
-    nothing, if its names or shapes are not those of the policy.
+    Nothing of it is executed: JSON, safetensors, and torch.load with weights_only. Raises, having changed nothing,
+    InputError if names or shapes are not those of the policy, ValueError if the moments are not of as many parameters.
     """
     own = path / f"random_states_{accelerator.process_index}.pkl"
     if own.exists():  # a process that is new to this run has none
@@ -38,15 +38,13 @@ def load(
         average.check(ema.average, "the average")
     if accelerator.is_fsdp2 or files(path, "optimizer"):
         _load_rows(policy, optimizer, path, weights)
-        load_accelerator_state(str(path), [], [], [], [], accelerator.process_index, map_location="cpu")  # generators
     else:
-        scaler = accelerator.scaler
-        if not (path / "scaler.pt").exists():  # it was not trained in fp16 then, and the scaler begins anew
-            accelerator.scaler = None
-        try:
-            accelerator.load_state(str(path), map_location="cpu", strict=False)  # what is frozen may not be in it
-        finally:
-            accelerator.scaler = scaler
+        optimizer.load_state_dict(load_tensors(path / "optimizer.bin", map_location="cpu"))
+        weights.fill(policy.own_state(), "the weights")
+    # Without the file it was not trained in fp16, and the scaler begins anew.
+    scaler = accelerator.scaler if (path / "scaler.pt").exists() else None
+    # Of what accelerate loads, the scaler and the generators.
+    load_accelerator_state(str(path), [], [], [], [], accelerator.process_index, scaler, map_location="cpu")
     accelerator.step = 0  # saves fall between steps; a process new to this run has no file to read its count from
     if ema:
         ema.load(average)
