@@ -192,8 +192,9 @@ def main(config: TrainConfig) -> None:
         improved = evaluating and not guard.stopping and judge.evaluate(state, step, log, go_on)
         guard.stopping |= improved is None  # a signal came; the resumed run begins with this evaluation
         ending = step == steps or guard.stopping or judge.out_of_patience(state)
-        # A signal may have ended the run here, before the evaluation: then that is saved beside what was.
-        if improved or saving or (evaluating if step == saved_step else ending):
+        judged = evaluating and state["evaluated"] == step
+        # What was saved here before its evaluation, as a signal ended the run, is saved again with it.
+        if improved or saving or (ending and step != saved_step) or (judged and step == saved_step):
             guard.go_on(f"saving step {step}")
             state |= guard.state() | {"step": step, "seconds": seconds_before + time.perf_counter() - started}
             log.saving()

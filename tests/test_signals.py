@@ -64,6 +64,18 @@ def test_signal_at_the_last_step_leaves_the_last_evaluation_to_the_resumed_run(u
     assert_resumes_to(tmp_path / "run", uninterrupted())
 
 
+def test_signal_again_before_that_evaluation_leaves_the_checkpoint_as_it_is(uninterrupted, flags, tmp_path):
+    def hook(found):
+        after(guard.Guard, "load", lambda *_: send(TERM))  # before the loop begins
+
+    run = tmp_path / "run"
+    train(*flags, "--run_dir", run, before=at_step(16, lambda: send(TERM)))
+    saved = last(run).stat().st_ino
+    assert_stopped(run, train("--resume_from", run, before=hook), 16)
+    assert last(run).stat().st_ino == saved
+    assert_resumes_to(run, uninterrupted())
+
+
 def test_signal_in_an_evaluation_leaves_it_to_the_resumed_run(uninterrupted, flags, tmp_path):
     run, own = tmp_path / "run", ("--eval.samples", 12, "--micro_batch_size", 2)
 
