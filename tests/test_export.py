@@ -145,6 +145,16 @@ def test_what_holds_no_weights_is_refused(tmp_path):
             init_from(tiny(), tmp_path / name)
 
 
+def test_error_without_words_is_told_by_its_kind(tmp_path, monkeypatch):
+    def load(*_, **__):
+        raise MemoryError
+
+    (tmp_path / "w.pt").touch()
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(InputError, match=r"w\.pt cannot be read as weights alone: MemoryError$"):
+        init_from(tiny(), tmp_path / "w.pt")
+
+
 # ---- and on their way out
 
 

@@ -21,6 +21,12 @@ class NotSaved(OSError):
     """A checkpoint that could not be written, without which the run does not go on."""
 
 
+def in_one_line(error: BaseException) -> str:
+    """Its kind, which an InputError needs not say, and the first line of its text."""
+    line = str(error).strip().partition("\n")[0]
+    return line if isinstance(error, InputError) else ": ".join(filter(None, (type(error).__name__, line)))
+
+
 @contextlib.contextmanager
 def told():
     """Around a command: wrong input, or a file that cannot be used, ends it with one line and exit code 1."""

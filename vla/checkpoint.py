@@ -35,7 +35,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from vla import InputError, NotSaved, shards
+from vla import InputError, NotSaved, in_one_line, shards
 from vla.config import CheckpointConfig
 from vla.options import run_folder
 
@@ -368,11 +368,6 @@ def versions() -> dict[str, str]:
 def file_mode(folder: Path) -> int:
     """What the umask said a file's mode is when this folder was made; it cannot be asked for without changing it."""
     return folder.stat().st_mode & 0o666
-
-
-def in_one_line(failure: BaseException) -> str:
-    kind = "" if isinstance(failure, InputError) else f"{type(failure).__name__}: "
-    return kind + str(failure).partition("\n")[0]
 
 
 def write_json(path: Path, content: dict) -> None:

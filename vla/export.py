@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from vla import InputError, NotSaved, checkpoint, told
+from vla import InputError, NotSaved, checkpoint, in_one_line, told
 from vla.config import MovedConfig, TrainConfig
 from vla.model.policy import VLAPolicy
 from vla.options import at_home, run_folder
@@ -55,7 +55,7 @@ def export(source: Path, out: Path, summary: str, merge: bool = False, **moved: 
         temporary.rename(out)
     except (OSError, SafetensorError) as failure:
         shutil.rmtree(temporary, ignore_errors=True)
-        why = checkpoint.in_one_line(failure)
+        why = in_one_line(failure)
         cure = f"make room, or choose another --out, then python -m vla.export {source}"
         raise NotSaved(f"{out} cannot be written ({why}); {cure}") from None
 
@@ -99,8 +99,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         else:
             weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as failure:  # both libraries raise many kinds; all mean the same to who gave the file
-        reason = str(failure).splitlines()[0]
-        raise InputError(f"--init_from {path} cannot be read as weights alone: {reason}") from None
+        raise InputError(f"--init_from {path} cannot be read as weights alone: {in_one_line(failure)}") from None
     if isinstance(weights, dict) and isinstance(weights.get("state_dict"), dict):
         weights = weights["state_dict"]
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):

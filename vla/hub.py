@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from vla import InputError
+from vla import InputError, in_one_line
 
 OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download")  # of a policy's download
 
@@ -40,8 +40,7 @@ def _downloaded(path: str | Path, name: str, cure: str, **options) -> Path:
     try:
         return Path(snapshot_download(name, **options))
     except Exception as error:  # the errors of the client, and of the two ways it downloads, have no base in common
-        reason = (str(error) or repr(error)).splitlines()[0]
         raise InputError(
-            f"{path} is no folder here, and could not be downloaded from the Hugging Face hub ({reason}): {cure}, or "
-            "the network, or log in if it is private"
+            f"{path} is no folder here, and could not be downloaded from the Hugging Face hub ({in_one_line(error)}): "
+            f"{cure}, or the network, or log in if it is private"
         ) from error

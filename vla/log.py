@@ -20,8 +20,8 @@ from accelerate.tracking import TensorBoardTracker, get_available_trackers
 from PIL import Image
 from tqdm import tqdm
 
-from vla import InputError, NotSaved
-from vla.checkpoint import in_one_line, versions
+from vla import InputError, NotSaved, in_one_line
+from vla.checkpoint import versions
 from vla.config import TrainConfig
 from vla.options import flatten
 

@@ -10,8 +10,8 @@ from accelerate.checkpointing import load_accelerator_state
 from accelerate.utils import gather_object
 from accelerate.utils import load as load_tensors
 
-from vla import InputError
-from vla.checkpoint import find, in_one_line, read_state, together, wanted
+from vla import InputError, in_one_line
+from vla.checkpoint import find, read_state, together, wanted
 from vla.learner import Learner
 from vla.model.policy import VLAPolicy
 from vla.optim import EMA, before_first_step, trained_parameters

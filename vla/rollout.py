@@ -24,7 +24,7 @@ import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from vla import InputError, keyed, sim, told
+from vla import InputError, in_one_line, keyed, sim, told
 from vla.config import MovedConfig
 from vla.log import gif
 from vla.model.policy import VLAPolicy
@@ -244,7 +244,7 @@ def main(config: RolloutConfig) -> None:
     try:
         torch.zeros(1, device=config.device).item()  # of which some hold none
     except (AssertionError, ImportError, RuntimeError) as failure:
-        reason = str(failure).partition("\n")[0].partition(". ")[0]
+        reason = in_one_line(failure).partition(". ")[0]
         raise InputError(f"--device {config.device} cannot be used ({reason}); give cpu, or leave it out") from None
     policy = VLAPolicy.from_pretrained(config.policy, **config.moved()).to(config.device)
     dataset = check_fits(policy.config, config.env, config.dataset)

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d as distributed
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from vla import InputError, NotSaved, checkpoint
+from vla import InputError, NotSaved, checkpoint, in_one_line
 from vla.config import CheckpointConfig
 from vla.model.policy import VLAPolicy
 from vla.optim import EMA, trained_parameters
@@ -124,7 +124,7 @@ class Saver:
             self.failures += 1
             left = list(checkpoint.all_steps(self.folder))
             newest = f"the newest is of step {left[-1]}" if left else "there is none yet"
-            why = checkpoint.in_one_line(failure)
+            why = in_one_line(failure)
             self.problems.append(
                 f"a checkpoint could not be saved ({why}): {newest}; {self.failures} of {FAILURES} failures in a row "
                 "after which the run stops"
@@ -202,7 +202,7 @@ class Saver:
         try:
             checkpoint.rotate(self.folder, state, self.config, self._is_good)
         except (OSError, InputError) as failure:  # the save is committed all the same
-            logger.warning("warning: old checkpoints are kept (%s)", checkpoint.in_one_line(failure))
+            logger.warning("warning: old checkpoints are kept (%s)", in_one_line(failure))
         seconds = time.perf_counter() - began
         return [{"save/blocked_seconds": blocked, "save/commit_seconds": seconds, "save/bytes": size}]
 
@@ -213,7 +213,7 @@ class Saver:
                 copied[1].synchronize()
             answer = {"files": checkpoint.flushed(self._write_tensors(copies, self._temporary(state)))}
         except Exception as failure:
-            answer = {"problem": checkpoint.in_one_line(failure)}
+            answer = {"problem": in_one_line(failure)}
         self.store.set(self._key(self.accelerator.process_index), json.dumps(answer))
         return []
 

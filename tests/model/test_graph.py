@@ -55,7 +55,9 @@ def test_policy_that_cannot_be_captured_is_refused(monkeypatch):
         raise RuntimeError("operation not permitted when stream is capturing\nand much more")
 
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", fails)
-    with pytest.raises(InputError, match=r"--cuda_graphs: .*\(operation not permitted.* capturing\); leave it out"):
+    with pytest.raises(
+        InputError, match=r"--cuda_graphs: .*\(RuntimeError: operation not permitted.* capturing\); leave it out"
+    ):
         capture_learning(Doubling(), {"x": torch.zeros(1)}, summed=False)
 
 
@@ -72,7 +74,7 @@ def test_policy_whose_capture_fails_says_so_and_is_not_saved(monkeypatch, tmp_pa
     monkeypatch.setattr(policy_module, "Graph", fails)
     policy = tiny()
     policy.state_norm._buffers["offset"] = SimpleNamespace(device=Pretended("cpu"))
-    with pytest.raises(InputError, match=r"cannot be captured \(operation .* capturing\); load it again"):
+    with pytest.raises(InputError, match=r"cannot be captured \(RuntimeError: operation .* capturing\); load it again"):
         policy.capture()
     assert policy.action_head.decoder.state.weight.dtype == torch.bfloat16
     with pytest.raises(InputError, match="a captured policy is not saved, as its weights may be rounded"):

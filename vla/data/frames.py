@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from vla import InputError
+from vla import InputError, in_one_line
 from vla.data.cache import allocate, built, place, size_of, whole
 from vla.data.faults import Fault
 from vla.data.index import Index
@@ -148,7 +148,7 @@ class _Parquet:
             try:
                 parquet = pq.ParquetFile(path)
             except (OSError, pa.ArrowException) as error:
-                raise InputError(f"{path}: missing or unreadable ({str(error).splitlines()[0]})") from error
+                raise InputError(f"{path}: missing or unreadable ({in_one_line(error)})") from error
             lengths = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
             self.files[path] = parquet, np.cumsum(lengths)
             if len(self.files) > OPEN_FILES:
@@ -164,7 +164,7 @@ class _Parquet:
             pieces = self._opened(path)[0].iter_batches(PIECE, [group], [self.camera], use_threads=False)
             self.encoded = pa.chunked_array([pc.struct_field(piece.column(0), "bytes") for piece in pieces])
         except (OSError, pa.ArrowException) as error:
-            raise InputError(f"{path}: row group {group} is unreadable ({str(error).splitlines()[0]})") from error
+            raise InputError(f"{path}: row group {group} is unreadable ({in_one_line(error)})") from error
         self.last = path, group
 
 

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from vla import InputError
+from vla import InputError, in_one_line
 from vla.data.cache import allocate, built, place, whole
 from vla.data.faults import Fault
 from vla.data.layout import Files, Layout
@@ -185,10 +185,9 @@ class _Reader:
                     self._take(path, of_file, batch, rows)
                     rows += len(batch)
         except (OSError, pa.ArrowException, UnicodeDecodeError, InputError) as error:
-            reason = str(error)
+            reason = in_one_line(error)
             if not isinstance(error, InputError):
-                missing = not (layout.root / path).exists()
-                reason = "is missing" if missing else f"is unreadable ({reason.splitlines()[0]})"
+                reason = f"is unreadable ({reason})" if (layout.root / path).exists() else "is missing"
             for row in of_file:
                 self.note(path, "", row, reason)
             return

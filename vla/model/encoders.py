@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vla import InputError
+from vla import InputError, in_one_line
 from vla.model.pixels import Pixels, patches
 
 
@@ -114,10 +114,10 @@ def unused(encoder: nn.Module, image_size: tuple[int, int]) -> list[nn.Parameter
         try:
             tokens = encoder(torch.zeros(1, 2, 3, *image_size, dtype=torch.uint8))
         except (RuntimeError, TypeError, ValueError) as failure:  # each model has its own words for it
-            made, reason = "x".join(map(str, encoder.pixels.size)), str(failure).partition("\n")[0]
+            made = "x".join(map(str, encoder.pixels.size))
             raise InputError(
                 f"the image encoder does not take images of {made}, as its preprocessor_config.json makes them "
-                f"({reason}); correct that file, or give one such as SigLIP or DINO"
+                f"({in_one_line(failure)}); correct that file, or give one such as SigLIP or DINO"
             ) from None
     if isinstance(encoder, PatchEncoder):
         (rows, columns), width, kind = encoder.grid, encoder.model.config.hidden_size, encoder.model.config.model_type

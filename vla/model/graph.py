@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from vla import InputError
+from vla import InputError, in_one_line
 
 
 class Graph:
@@ -50,7 +50,7 @@ def capture_learning(policy: nn.Module, batch: dict[str, Tensor], summed: bool) 
     try:
         replay = torch.cuda.make_graphed_callables(policy, (batch,)).forward  # the policy's own while it evaluates
     except RuntimeError as failure:
-        why = str(failure).splitlines()[0]
+        why = in_one_line(failure)
         raise InputError(f"--cuda_graphs: this policy's passes cannot be captured ({why}); leave it out") from failure
 
     def forward(batch: dict[str, Tensor]) -> dict[str, Tensor]:

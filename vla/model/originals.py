@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from vla import InputError
+from vla import InputError, in_one_line
 from vla.config import ModelConfig
 
 
@@ -42,13 +42,13 @@ class Originals:
         try:
             return read(name)
         except Exception as failure:  # by every kind of damage and of network another one
-            reason = str(failure).strip().partition("\n")[0]
+            reason = in_one_line(failure)
             if "attn_implementation" in reason:  # Gemma 2 in PaliGemma 2
                 problem = f"has no attention of the kind {self.settings.attention}; give --model.attention eager"
                 raise InputError(f"--model.{flag} {name} {problem}") from None
             raise InputError(
-                f"--model.{flag} {name}: {what} cannot be read ({type(failure).__name__}: {reason}); give a folder of "
-                "a transformers model, or owner/name on the Hugging Face hub"
+                f"--model.{flag} {name}: {what} cannot be read ({reason}); give a folder of a transformers model, or "
+                "owner/name on the Hugging Face hub"
             ) from None
 
     def config(self, flag: str):

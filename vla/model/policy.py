@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vla import InputError, hub, keyed
+from vla import InputError, hub, in_one_line, keyed
 from vla.config import LoraConfig
 from vla.model import backbone, encoders, observation, pretrained
 from vla.model.graph import Graph
@@ -349,7 +349,7 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
         try:
             self._graph = Graph(predict, {name: value.to(device) for name, value in example.items()})
         except RuntimeError as failure:
-            why = str(failure).partition("\n")[0]
+            why = in_one_line(failure)
             raise InputError(f"the policy cannot be captured ({why}); load it again, act without capture") from failure
 
     def tokenize(self, instructions: list[str]) -> tuple[Tensor, Tensor]:
