@@ -8,7 +8,7 @@ from PIL import Image
 from saving import fill, mounted
 from training import at_step, both, die, metrics, train
 
-from vla import log
+from vla.images import gif
 
 
 def test_log_survives_a_full_disk_and_is_whole_when_there_is_room_again(flags, uninterrupted, tmp_path):
@@ -39,7 +39,7 @@ def test_moving_pictures_keep_the_colours_of_small_things():
     places = [(slice(40, 42), slice(20 * i, 20 * i + 2)) for i in range(4)]
     for frame, place in zip(frames, places, strict=True):
         frame[place] = 0, 0, 250
-    with Image.open(io.BytesIO(log.gif(frames, fps=20))) as picture:
+    with Image.open(io.BytesIO(gif(frames, fps=20))) as picture:
         for i, place in enumerate(places):
             picture.seek(i)
             shown = np.asarray(picture.convert("RGB"))[place]

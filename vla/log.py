@@ -1,7 +1,6 @@
 """Where numbers and pictures of a run go: metrics.jsonl, the trackers, the progress bar, result.json."""
 
 import errno
-import io
 import json
 import math
 import os
@@ -17,12 +16,12 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import TensorBoardTracker, get_available_trackers
-from PIL import Image
 from tqdm import tqdm
 
 from vla import InputError, NotSaved, in_one_line
 from vla.checkpoint import versions
 from vla.config import TrainConfig
+from vla.images import gif
 from vla.options import flatten
 
 
@@ -303,19 +302,6 @@ class RunLog:
 
     def _tensorboard(self, use: Callable) -> None:
         self._tracked(lambda tracker: use(tracker.writer), "tensorboard")
-
-
-def gif(frames: np.ndarray, fps: int) -> bytes:
-    """An endless GIF in 256 colours, the same for all frames, so that what does not move takes no bytes.
-
-    frames: uint8 [L, h, w, 3].
-    """
-    some = Image.fromarray(np.concatenate(frames[np.linspace(0, len(frames) - 1, num=5, dtype=int)]))
-    colours = some.quantize(256, method=Image.Quantize.FASTOCTREE)  # small things keep theirs
-    pictures = [Image.fromarray(frame).quantize(palette=colours, dither=Image.Dither.NONE) for frame in frames]
-    buffer = io.BytesIO()
-    pictures[0].save(buffer, "GIF", save_all=True, append_images=pictures[1:], duration=round(1000 / fps), loop=0)
-    return buffer.getvalue()
 
 
 def _markdown(config: TrainConfig) -> str:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from vla import InputError, in_one_line, keyed, sim, told
 from vla.config import MovedConfig
-from vla.log import gif
+from vla.images import gif
 from vla.model.policy import VLAPolicy
 from vla.model.spec import PolicyConfig
 from vla.options import at_home, check_policy, run_folder, within
