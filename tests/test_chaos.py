@@ -20,7 +20,7 @@ def test_job_killed_at_random_instants_and_damaged_equals_uninterrupted_job(flag
 
     def hooks(found):
         record(history)
-        after(checkpoint, "_flush", lambda *_: time.sleep(0.01))  # so that saves take long enough to be met
+        after(checkpoint, "flush", lambda *_: time.sleep(0.01))  # so that saves take long enough to be met
 
     def start(kill=None):
         same_command = [*flags, *OWN, "--run_dir", run, "--resume_from", "auto"]

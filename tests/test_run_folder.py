@@ -313,12 +313,12 @@ def test_nothing_is_deleted_if_the_new_checkpoint_does_not_verify(case, tmp_path
         training = small_training()
         commit(training, tmp_path, 1)
 
-        def flush(path, original=checkpoint._flush):
+        def flush(path, original=checkpoint.flush):
             original(path)
             if path.name == "MANIFEST.json":  # all is written
                 damage(path.parent)
 
-        checkpoint._flush = flush
+        checkpoint.flush = flush
         with pytest.raises(NotSaved, match="damaged"):
             commit(training, tmp_path, {"older": 2, "replaced": 1}[case])
 

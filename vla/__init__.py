@@ -27,6 +27,15 @@ def in_one_line(error: BaseException) -> str:
     return line if isinstance(error, InputError) else ": ".join(filter(None, (type(error).__name__, line)))
 
 
+def flush(path: str | os.PathLike) -> None:
+    """Have the disk keep a file's content, or the names in a folder, whatever happens to the machine."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 @contextlib.contextmanager
 def told():
     """Around a command: wrong input, or a file that cannot be used, ends it with one line and exit code 1."""

@@ -35,7 +35,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from vla import InputError, NotSaved, in_one_line, shards
+from vla import InputError, NotSaved, flush, in_one_line, shards
 from vla.config import CheckpointConfig
 from vla.options import run_folder
 
@@ -137,7 +137,7 @@ def flushed(paths: Iterable[Path]) -> dict[str, dict]:
     entries = {}
     for path in paths:
         path.chmod(file_mode(path.parent))  # safetensors leaves 0600
-        _flush(path)
+        flush(path)
         entries[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
     return entries
 
@@ -146,15 +146,15 @@ def commit(temporary: Path, final: Path, others: dict[str, dict]) -> int:
     """Flush, hash, verify, rename. others: what other processes have flushed. Returns the bytes written by all."""
     entries = flushed(path for path in sorted(temporary.iterdir()) if path.name not in others) | others
     write_json(temporary / "MANIFEST.json", {"files": entries})
-    _flush(temporary / "MANIFEST.json")
-    _flush(temporary)
+    flush(temporary / "MANIFEST.json")
+    flush(temporary)
     verify(temporary, hashed=() if others else None)  # they have read their files
     replaced = final.with_name(f".replaced_{final.name}")
     if final.exists():  # damaged, or of a future that was left by resuming from before it
         shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
     temporary.rename(final)
-    _flush(final.parent)
+    flush(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
     return sum(entry["bytes"] for entry in entries.values())
 
@@ -372,14 +372,6 @@ def file_mode(folder: Path) -> int:
 
 def write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _sha256(path: Path) -> str:

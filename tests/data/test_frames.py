@@ -1,5 +1,6 @@
 """Pictures, decoded once into a cache that all later runs share, or as they are asked for."""
 
+import errno
 import fcntl
 import os
 import pickle
@@ -52,6 +53,17 @@ def test_all_of_a_cache_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypa
     built(tmp_path / "done", lambda folder: (folder / "file").touch(), 0, "a file")
     unfinished = f"{tmp_path}/done.partial"
     assert events == [f"{unfinished}/file", unfinished, "rename", str(tmp_path)]
+
+
+def test_disk_that_fails_leaves_no_file_of_a_cache_open(tmp_path, monkeypatch):
+    def fail(_):
+        raise OSError(errno.EIO, "no disk")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(OSError, match="no disk"):
+        built(tmp_path / "done", lambda folder: (folder / "file").touch(), 0, "a file")
+    assert os.listdir("/proc/self/fd") == before
 
 
 # ---- The same pixels, wherever they lie.

@@ -13,7 +13,7 @@ from typing import TextIO
 import numpy as np
 from tqdm import tqdm
 
-from vla import InputError
+from vla import InputError, flush
 
 WORTH_A_WORD = 10_000_000  # bytes
 LOCKS = "locks"  # a folder beside, with a file for each
@@ -58,9 +58,9 @@ def built(done: Path, build: Callable[[Path], None], bytes_needed: int, what: st
             unfinished.mkdir()
             build(unfinished)
             for path in [*unfinished.iterdir(), unfinished]:
-                _fsync(path)
+                flush(path)
             unfinished.rename(done)
-            _fsync(done.parent)
+            flush(done.parent)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -120,9 +120,3 @@ def _remove_unfinished(folder: Path) -> None:
         with contextlib.suppress(OSError), open(folder / LOCKS / unfinished.stem, "w") as lock:
             if _locked(lock):
                 shutil.rmtree(unfinished)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
