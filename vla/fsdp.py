@@ -29,25 +29,40 @@ def set_up(accelerator: Accelerator, config: TrainConfig) -> None:
         raise InputError(
             f"the YAML asks for FSDP version {plugin.fsdp_version}; set fsdp_version: 2 in its fsdp_config"
         )
-    for found, cure in {
-        f"mixed_precision: {precision}": "" if precision in ("no", "bf16") else "set it to bf16 or no in the YAML",
-        "fsdp_cpu_ram_efficient_loading": plugin.cpu_ram_efficient_loading and "set it to false in the YAML",
-        "fsdp_activation_checkpointing": plugin.activation_checkpointing
-        and "take it out of the YAML, and give --model.gradient_checkpointing",
-        "fsdp_auto_wrap_policy: SIZE_BASED_WRAP": plugin.auto_wrap_policy is size_based_auto_wrap_policy
-        and "set it to TRANSFORMER_BASED_WRAP in the YAML",
-        "parallelism_config": accelerator.parallelism_config and "take it out of the YAML",
-        "fsdp_offload_params": isinstance(plugin.cpu_offload, CPUOffloadPolicy)
-        and config.optim.muon_lr
-        and "set it to false in the YAML, or leave out --optim.muon_lr, which would compute on the CPU",
-        "--cuda_graphs": config.cuda_graphs and "leave it out, as shards are gathered anew in every step",
-        "--optim.eight_bit": config.optim.eight_bit and "leave it out, the processes share the moments",
-        f"--model.frozen_dtype {config.model.frozen_dtype}": config.model.frozen_dtype != "float32"
-        and "leave it out, the processes share the weights",
-        f"--eval.env {config.eval.env}": config.eval.env
-        and "leave it out, and act with the exported policy: python -m vla.rollout",
-    }.items():
-        if cure:
+    offload, optim, model = isinstance(plugin.cpu_offload, CPUOffloadPolicy), config.optim, config.model
+    for wrong, found, cure in (
+        (precision not in ("no", "bf16"), f"mixed_precision: {precision}", "set it to bf16 or no in the YAML"),
+        (plugin.cpu_ram_efficient_loading, "fsdp_cpu_ram_efficient_loading", "set it to false in the YAML"),
+        (
+            plugin.activation_checkpointing,
+            "fsdp_activation_checkpointing",
+            "take it out of the YAML, and give --model.gradient_checkpointing",
+        ),
+        (
+            plugin.auto_wrap_policy is size_based_auto_wrap_policy,
+            "fsdp_auto_wrap_policy: SIZE_BASED_WRAP",
+            "set it to TRANSFORMER_BASED_WRAP in the YAML",
+        ),
+        (accelerator.parallelism_config, "parallelism_config", "take it out of the YAML"),
+        (
+            offload and optim.muon_lr,
+            "fsdp_offload_params",
+            "set it to false in the YAML, or leave out --optim.muon_lr, which would compute on the CPU",
+        ),
+        (config.cuda_graphs, "--cuda_graphs", "leave it out, as shards are gathered anew in every step"),
+        (optim.eight_bit, "--optim.eight_bit", "leave it out, the processes share the moments"),
+        (
+            model.frozen_dtype != "float32",
+            f"--model.frozen_dtype {model.frozen_dtype}",
+            "leave it out, the processes share the weights",
+        ),
+        (
+            config.eval.env,
+            f"--eval.env {config.eval.env}",
+            "leave it out, and act with the exported policy: python -m vla.rollout",
+        ),
+    ):
+        if wrong:
             raise InputError(f"{found} does not go with a sharded policy (FSDP); {cure}")
     if on_cpu:
         # What accelerate does on GPUs alone; and the mesh, which torch would make of GPUs if it could use any.
