@@ -9,14 +9,18 @@ import time
 
 import psutil
 import pytest
+from tqdm import tqdm
 from training import (
     LAUNCH,
+    ON_CPU,
+    ROOT,
     TWO_PROCESSES,
     after,
     assert_resumes_to,
     assert_stopped,
     at_step,
     both,
+    command,
     die,
     last,
     metrics,
@@ -32,7 +36,7 @@ from training import (
     wait_for_step,
 )
 
-from vla import checkpoint, guard
+from vla import InputError, checkpoint, guard
 from vla.data.lerobot import LeRobotDataset
 from vla.data.stream import Samples
 from vla.saver import Saver
@@ -243,6 +247,66 @@ def test_signal_to_the_launcher_alone_makes_its_processes_save_and_stop(processe
     assert 5 <= steps(run)[-1] == metrics(run)[-1]["step"] < 5000
     checkpoint.verify(last(run))
     assert (run / "REQUEUE").exists()
+
+
+# ---- A run that fails is not to be started again, whatever signals come.
+
+
+def fail(*_):
+    raise InputError("a picture is broken")
+
+
+@pytest.mark.parametrize(("early", "copies", "code"), [(True, 1, 1), (False, 1, 1), (False, 2, 128 + TERM)])
+def test_signal_to_a_process_that_has_failed_leaves_no_mark(early, copies, code, flags, tmp_path):
+    def hook(found):
+        def signals(_, text, **named):
+            for _ in range(copies * text.startswith("error: ")):
+                os.kill(os.getpid(), TERM)
+                time.sleep(guard.COPIES + 0.5)
+
+        after(tqdm, "write", signals)
+        after(LeRobotDataset, "__init__", fail) if early else at_step(8, fail)(found)
+
+    (child,) = train(*flags, "--run_dir", tmp_path / "run", before=hook)
+    assert (child.code, child.stderr.count("error: a picture is broken")) == (code, 1)
+    assert ("stopped at once by SIGTERM" in child.stderr) == (copies == 2)
+    assert "will save and stop" not in child.stderr
+    assert not (tmp_path / "run/REQUEUE").exists()
+
+
+def test_signalled_run_that_cannot_save_fails_and_leaves_no_mark(flags, tmp_path):
+    def hook(found):
+        def commit(*_):
+            raise OSError("no space")
+
+        checkpoint.commit = commit
+        at_step(3, lambda: send(TERM))(found)
+
+    (child,) = train(*flags, "--run_dir", tmp_path / "run", before=hook)
+    assert (child.code, child.stderr.count("error: a checkpoint could not be saved")) == (1, 1)
+    assert not (tmp_path / "run/REQUEUE").exists()
+
+
+@pytest.mark.parametrize("case", ["all fail", "one fails early", "one dies early", "one fails late"])
+def test_launcher_that_ends_a_run_for_it_has_failed_leaves_no_mark(case, flags, tmp_path):
+    script, place = tmp_path / "train_with_hook.py", '"step"' if "late" in case else '"__init__"'
+    act = "os._exit(9)" if "dies" in case else "fail()"
+    script.write_text(
+        "import os, runpy, sys, time\n"
+        "from test_signals import fail\n"
+        "from training import ROOT, after, rank\n"
+        "from vla import log\n"
+        f"after(log.RunLog, {place}, lambda *_: {act} if rank() or {case == 'all fail'} else time.sleep(5))\n"
+        "runpy.run_path(str(ROOT / 'train.py'), run_name='__main__')\n"
+    )
+    launched = [*LAUNCH, *TWO_PROCESSES, "--main_process_port", "0", script, *flags, "--run_dir", tmp_path / "run"]
+    done = command(*launched, env=ON_CPU | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
+    assert done.returncode == 1
+    told = "error: process 1: a picture is broken" if "one fails" in case else "error: a picture is broken"
+    assert done.stderr.count(told) == ("dies" not in case)
+    assert "will save and stop" not in done.stderr
+    assert done.stderr.count("stopped at once by SIGTERM, as another process has ended;") == ("early" in case)
+    assert not (tmp_path / "run/REQUEUE").exists()
 
 
 # ---- Other processes.

@@ -6,11 +6,14 @@ Data flows down: stream → data set → policy → loss → checkpoint → expo
 import contextlib
 import os
 import sys
+import threading
 import time
 
 # Read once, when torch starts: threads that spin while they wait take the cores of a busy CPU from those they wait for.
 # Steps were 4 times slower (docs/RESULTS.md).
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+FAILED = threading.Event()  # set by the error that ends this process: a signal after it is no reason to start again
 
 
 class InputError(ValueError):
@@ -57,12 +60,13 @@ def tell(error: Exception) -> None:
     """Print an error in one line; once if several processes have met the same, with its number if one other has."""
     from tqdm import tqdm
 
+    FAILED.set()
     rank, first = int(os.environ.get("RANK", 0)), os.environ.get("LOCAL_RANK", "0") == "0"
     grouped = "torch" in sys.modules and (torch := sys.modules["torch"]).distributed.is_initialized()
+    time.sleep(1 if rank else 0)  # so that the main process says what all have met
     if grouped:  # else all of a machine read the same files
         with contextlib.suppress(RuntimeError):  # the process that keeps the store is gone
             first = True
-            time.sleep(0.5 if rank else 0)  # so that the main process says what all have met
             store = torch.distributed.distributed_c10d._get_default_store().clone()  # no collective waits in it
             first = store.add(f"error/{error}", 1) == 1
     if first:  # on a line of its own, above a progress bar

@@ -18,12 +18,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 from torch.distributed import distributed_c10d as distributed
 
+from vla import FAILED
 from vla.config import GuardConfig
 
 SPIKE_WEIGHT = 0.02  # of the newest loss in the running average that a spike is measured by
@@ -37,7 +39,8 @@ class Signals:
 
     Another one is no reason to hurry: a scheduler that has warned by one ends its job by the next.
 
-    Where a signal ended a run that had more to do there is a file RUN/REQUEUE, which a scheduler's script can test.
+    Where a signal ended a run that had more to do there is a file RUN/REQUEUE, which a scheduler's script can test. A
+    run that failed leaves none, though a launcher then ends by a signal what has not failed by itself.
     """
 
     def __init__(self, run_dir: Path):
@@ -79,20 +82,30 @@ class Signals:
             if number in NUMBERS:  # and not SIGCHLD, for which the data loader has a handler
                 self._receive(number)
 
+    def _left(self) -> bool:
+        """Another process of the launcher has ended, for which it sends a signal to this one."""
+        with contextlib.suppress(psutil.Error):
+            if self.launcher == os.getppid():
+                return len(psutil.Process(self.launcher).children()) < int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        return False
+
     def _receive(self, number: int) -> None:
         name, now = signal.Signals(number).name, time.monotonic()
         latest = self.when.get(name) if number != signal.SIGINT else max(self.when.values(), default=None)
         if latest is not None and now - latest < COPIES:
             return
-        if latest is not None or not self.saves:
-            self.mark(f"stopped at once by {name}")
-            _write(f"\nstopped at once by {name}; checkpoints that were committed are intact\n")
+        failed, left = FAILED.is_set(), self._left()
+        if latest is not None or not (self.saves or failed):
+            if not (failed or left):
+                self.mark(f"stopped at once by {name}")
+            why = f"{name}{', as another process has ended' * left}"
+            _write(f"\nstopped at once by {why}; checkpoints that were committed are intact\n")
             os._exit(128 + number)
         self.when[name] = now
         if self.received:
             return
         self.received = name
-        if int(os.environ.get("RANK", 0)) == 0:
+        if int(os.environ.get("RANK", 0)) == 0 and not (failed or left):
             _write(f"\n{name}: will save and stop; send it again to stop at once, without saving\n")
 
 
