@@ -208,6 +208,7 @@ def test_accelerate_config_launches_training(name, flags, tmp_path):
     own = ["--steps", 2, "--checkpoint.every", 2, "--eval.every", 0, "--run_dir", tmp_path / "run"]
     done = command(*LAUNCH, *config, *where, "train.py", *flags, *own, env=ON_CPU)
     assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr  # of libraries
     assert steps(tmp_path / "run") == [2]
     assert result(tmp_path / "run")["processes"] == (2 if several else 1)
     assert bool(files(last(tmp_path / "run"), "optimizer")) == ("fsdp" in name)

@@ -11,6 +11,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs
 from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.nn.parallel import DistributedDataParallel
 
 from vla import InputError, fsdp
 from vla.config import TrainConfig
@@ -43,10 +44,8 @@ def check_launch(config: TrainConfig) -> None:
             "alone, as it does where the YAML says distributed_type NO or MULTI_CPU; take another YAML, such as "
             "accelerate_configs/4gpu.yaml with --num_processes (and ACCELERATE_USE_CPU=true on CPUs)"
         )
-    on_cpu, here = (
-        os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true",
-        int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
-    )
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     gpus = 0 if on_cpu else torch.cuda.device_count()
     if here > max(gpus, 1) and not on_cpu:
         raise InputError(
@@ -62,7 +61,7 @@ def accelerate(config: TrainConfig, accumulation: int) -> Accelerator:
 
     It does not get the loader, whose order is arithmetic (vla/data/stream.py), nor the schedule (vla/optim.py).
     """
-    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     # Collectives wait longer than the watchdog, which knows whether the others hang or work (vla/guard.py).
     hang = config.guard.hang_seconds
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=1, seconds=2 * hang) if hang else timedelta(days=7))
@@ -96,6 +95,8 @@ class Learner:
             raise InputError("--model.freeze leaves nothing to train until --model.unfreeze; leave a part out")
         if config.cuda_graphs:
             self._capture()
+        buffers = [name for name, _ in policy.named_buffers()]  # the same everywhere; not by DDP's deprecated flag
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(policy, buffers)
         self.model, self.optimizer = accelerator.prepare(policy, optimizer)
         register_fsdp_forward_method(policy, "predict_chunk")  # which needs the weights as forward does
         for block in policy.action_head.decoder.blocks:

@@ -130,7 +130,8 @@ class VisionEncoder(nn.Module):
                 *(nn.GroupNorm(8, after), nn.GELU()),
             ]
             before, scale = after, 2 * scale
-        self.convolutions = nn.Sequential(*layers, nn.Conv2d(before, width, 1))
+        last = nn.Conv2d(before, width, 1).to(memory_format=torch.channels_last)  # has its gradient's strides, for DDP
+        self.convolutions = nn.Sequential(*layers, last)
         self.register_buffer("places", fourier_grid(rows, columns), persistent=False)
         self.place = nn.Linear(self.places.shape[-1], width)
         self.camera = nn.Parameter(torch.randn(cameras, 1, width) * 0.5)
