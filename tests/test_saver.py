@@ -95,7 +95,7 @@ def test_final_save_that_fails_is_told_and_ends_the_run_as_failed(small_disk, fl
     own = ["--eval.every", 0, "--run_dir", tmp_path / "run"]
     (child,) = train(*flags, *own, before=full_after(15, small_disk))
     assert child.code == 1
-    assert re.search("error: a checkpoint could not be saved .* the newest is of step 15", child.stderr)
+    assert re.search("^error: a checkpoint could not be saved .* the newest is of step 15$", child.stderr, re.M)
     assert sorted(path.name for path in small_disk.iterdir()) == ["filler", "step_00000010", "step_00000015"]
     assert not (tmp_path / "run/result.json").exists()
     (small_disk / "filler").unlink()
@@ -290,7 +290,7 @@ def test_failed_save_is_reported_once_and_the_next_that_succeeds_makes_up_for_it
         torch.save = broken
         saver.save(state_of(5))
         saver.save(state_of(6))
-        with pytest.raises(NotSaved, match=r"1 of 3 failures.*2 of 3 failures"):  # neither was reported
+        with pytest.raises(NotSaved, match=r"could not be saved.*could not be saved"):  # neither was reported
             saver.finish()
 
     in_children(save)[0].ok()

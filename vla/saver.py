@@ -61,7 +61,7 @@ class Saver:
         self.good: set[Path] = set()  # verified by this process
         self.pending: Future | None = None
         self.metrics: list[dict[str, float]] = []
-        self.problems: list[str] = []
+        self.problems: list[tuple[str, int]] = []  # and how many in a row these then were
         self.trained, self.turn = trained_parameters(policy, optimizer), 0
         self.store = distributed._get_default_store().clone() if accelerator.is_fsdp2 else None  # between the threads
         if accelerator.is_main_process or self.store:
@@ -125,10 +125,7 @@ class Saver:
             left = list(checkpoint.all_steps(self.folder))
             newest = f"the newest is of step {left[-1]}" if left else "there is none yet"
             why = in_one_line(failure)
-            self.problems.append(
-                f"a checkpoint could not be saved ({why}): {newest}; {self.failures} of {FAILURES} failures in a row "
-                "after which the run stops"
-            )
+            self.problems.append((f"a checkpoint could not be saved ({why}): {newest}", self.failures))
 
     def report(self) -> tuple[list[dict[str, float]], list[str]]:
         """What became of the saves since the last call: metrics of each that was committed, of each that failed why.
@@ -137,7 +134,9 @@ class Saver:
         """
         if self.pending is not None and self.pending.done():
             self.settle()
-        metrics, problems, self.metrics, self.problems = self.metrics, self.problems, [], []
+        left = f"of {FAILURES} failures in a row after which the run stops"
+        metrics, problems = self.metrics, [f"{problem}; {count} {left}" for problem, count in self.problems]
+        self.metrics, self.problems = [], []
         return metrics, problems
 
     @property
@@ -148,7 +147,7 @@ class Saver:
     def finish(self) -> None:
         """Wait until the save in flight is committed. Raises NotSaved on every process if it could not be."""
         self.settle()
-        told = "; ".join(self.problems) or "the last checkpoint could not be saved"
+        told = "; ".join(problem for problem, _ in self.problems) or "the last checkpoint could not be saved"
         if problems := gather_object([told] if self.failures else []):
             raise NotSaved(problems[0])
 
