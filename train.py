@@ -161,12 +161,14 @@ def main(config: TrainConfig) -> None:
                 f"{what}, and the run has gone back {state['rollbacks']} times before (--guard.rollbacks); "
                 f"the last checkpoint is intact: {cure}"
             )
-        later = [path for saved, path in checkpoint.all_steps(checkpoints).items() if saved > window[0]]
+        saves = checkpoint.all_steps(checkpoints)
+        later = [path for saved, path in saves.items() if saved > window[0]]
         try:
             with guard.unwatched():
                 before, path = restored(str(checkpoints), later)
         except InputError as failure:
-            raise FloatingPointError(f"{what}, and there is nothing to go back to ({failure}): {cure}") from None
+            why = failure if len(later) < len(saves) else "nothing was saved before them"
+            raise FloatingPointError(f"{what}, and there is nothing to go back to ({why}): {cure}") from None
         log.say(f"{what}: going back to {path}, and on without the samples of these steps")
         return judge.adopt(before) | {"rollbacks": state["rollbacks"] + 1, "left_out": [*state["left_out"], window]}
 

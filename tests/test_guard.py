@@ -301,13 +301,15 @@ def test_run_that_has_gone_back_more_often_than_it_now_may_stops(flags, tmp_path
     assert "going back to" not in child.stderr
 
 
-def test_run_that_has_nothing_to_go_back_to_stops_in_one_line(flags, tmp_path):
-    own = ["--guard.bad_steps", 3, "--checkpoint.every", 99, "--eval.every", 0, "--run_dir", tmp_path / "run"]
+@pytest.mark.parametrize(("every", "saved"), [(99, []), (4, [4])], ids=["never_saved", "saved_too_late"])
+def test_run_that_has_nothing_to_go_back_to_stops_in_one_line(every, saved, flags, tmp_path):
+    own = ["--guard.bad_steps", 3, "--checkpoint.every", every, "--eval.every", 0, "--run_dir", tmp_path / "run"]
     (child,) = train(*flags, *own, before=spoil(range(24, 999)))
     assert child.code == 1
     (told,) = [line for line in child.stderr.splitlines() if line.startswith("error: ")]
     assert "3 updates in a row, up to step 5, were skipped, and there is nothing to go back to" in told
-    assert not steps(tmp_path / "run")
+    assert "(nothing was saved before them): look at the samples named above" in told
+    assert steps(tmp_path / "run") == saved
 
 
 def test_state_that_is_not_finite_is_never_saved_and_the_run_goes_back_from_it(flags, tmp_path):
