@@ -328,7 +328,7 @@ def validate(config: TrainConfig) -> None:
         "guard.bad_steps": (1, None),
         "guard.rollbacks": (0, None),
         "guard.spike_factor": (1 if config.guard.spike_factor else 0, None),
-        "guard.hang_seconds": (0, None),
+        "guard.hang_seconds": (0, 7 * 24 * 3600),
         "log.every": (1, None),
         "log.profile": (0, None),
     }
