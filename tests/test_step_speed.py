@@ -22,15 +22,17 @@ def test_traced_run_writes_its_steps_and_is_the_same_training(flags, uninterrupt
     assert series(tmp_path / "run", "train/loss") == series(uninterrupted(), "train/loss")
 
 
-def test_trace_of_more_steps_than_there_are_is_refused_but_keeps_no_run_from_going_on(flags, tmp_path):
+def test_trace_of_more_steps_than_there_are_is_refused_but_keeps_no_run_from_going_on_without_it(flags, tmp_path):
     children = train(*flags, "--log.profile", 7, "--run_dir", tmp_path / "run", processes=2)
     for child in children:
         assert child.code == 1
     told = "error: --log.profile 7 needs 17 steps, as the first 10 are left out; --steps is 16: give more of these"
     assert told in children[0].stderr
     train(*flags, "--steps", 12, "--eval.every", 0, "--log.profile", 2, "--run_dir", tmp_path / "other")[0].ok()
-    (child,) = train("--resume_from", tmp_path / "other", "--steps", 16)
+    (child,) = train("--resume_from", tmp_path / "other", "--steps", 16, "--log.profile", 2)
     assert "--log.profile 2 needs 12 steps, as the first 10 are left out, and 4 are left" in child.ok().stderr
+    (child,) = train("--resume_from", tmp_path / "other", "--steps", 40)  # it was asked of the other starts alone
+    assert "--log.profile" not in child.ok().stderr
     assert len(list((tmp_path / "other/profile").iterdir())) == 1
 
 

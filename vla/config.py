@@ -256,7 +256,8 @@ class GuardConfig:
 class LogConfig:
     # Steps between log lines.
     every: int = 50
-    # Steps to trace with torch's profiler, after the first ten of this start, for RUN/profile (TensorBoard, Perfetto).
+    # Steps of this start alone to trace with torch's profiler, after its first ten, for RUN/profile (TensorBoard,
+    # Perfetto).
     profile: int = 0
     # Where metrics go beside metrics.jsonl, by accelerate's names: tensorboard, wandb, …
     trackers: tuple[str, ...] = ("tensorboard",)

@@ -166,11 +166,12 @@ def load(path: Path) -> TrainConfig:
 
 
 def save(config: TrainConfig, path: Path) -> None:
-    """Write the configuration as JSON. What belongs to one start only (resume_from) is left out.
+    """Write the configuration as JSON. What belongs to one start only (resume_from, log.profile) is left out.
 
     Raises InputError, the file as it was, if it cannot be written.
     """
-    content = dataclasses.asdict(dataclasses.replace(config, resume_from=""))
+    lasting = dataclasses.replace(config, resume_from="", log=dataclasses.replace(config.log, profile=0))
+    content = dataclasses.asdict(lasting)
     temporary = path.with_suffix(".tmp")
     try:
         temporary.write_text(json.dumps(content, indent=2) + "\n")
