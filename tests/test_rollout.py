@@ -199,7 +199,7 @@ def test_demonstrations_validation_and_tests_take_their_scenes_apart():
     demonstrations = collect.CollectConfig(env="tabletop", out="")
     assert demonstrations.seed == sim.DEMONSTRATION_SEEDS
     first, evaluations, tests = sim.DEMONSTRATION_SEEDS, sim.VALIDATION_SEEDS, sim.TEST_SEEDS
-    assert first + demonstrations.episodes < evaluations < evaluations + 100_000 < tests
+    assert first + collect.EPISODES < evaluations < evaluations + 100_000 < tests
 
 
 OTHER_ROBOTS = {

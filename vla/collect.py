@@ -27,6 +27,8 @@ from vla.data.write import LeRobotWriter
 from vla.options import at_home, within
 from vla.workers import Workers
 
+EPISODES = 400  # unless it is said how many
+
 
 @dataclass(frozen=True)
 class CollectConfig:
@@ -142,7 +144,7 @@ def main(config: CollectConfig) -> None:
     if config.episodes is not None and config.episodes_per_task:
         both = f"--episodes {config.episodes} and --episodes_per_task {config.episodes_per_task}"
         raise InputError(f"found {both}; give one of them")
-    total = config.episodes_per_task * len(tasks) or (400 if config.episodes is None else config.episodes)
+    total = config.episodes_per_task * len(tasks) or (EPISODES if config.episodes is None else config.episodes)
     each, rest = divmod(total, len(tasks))
     if each < 1 or rest:
         expected = f"a multiple of its {len(tasks)} tasks, or --episodes_per_task" if len(tasks) > 1 else "at least 1"
