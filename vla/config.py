@@ -179,8 +179,8 @@ class MovedConfig:
 class OptimConfig:
     # Peak learning rate, of AdamW.
     lr: float = 3e-4
-    # Peak learning rate of Muon (Jordan et al., 2024), which then moves the weights between hidden units, such as 0.01
-    # (0: AdamW moves them, too).
+    # Peak learning rate of Muon (Jordan et al., 2024), such as 0.01, which then moves the weights of linear maps and
+    # convolutions in transformer blocks and in the built-in image encoder (0: AdamW moves them, too).
     muon_lr: float = 0.0
     # Learning rates of modules, or parts of them, as name and rate: vision_encoder 1e-4 action_head 5e-4. (Muon's is in
     # proportion.)

@@ -17,7 +17,7 @@ from vla.shards import Rows, gathered, held, local
 
 def parameter_groups(policy: VLAPolicy, config: OptimConfig) -> list[dict]:
     """Groups for each trained module: weights of linear maps and convolutions decay, all else does not. With muon_lr
-    those among them that map hidden units to hidden units are a group of their own, for Muon.
+    those among them in transformer blocks, and all of the built-in image encoder, are a group of their own, for Muon.
 
     Each group carries its `name`, its `peak_lr` and whether it is for `muon`. Of the names in module_lrs that fit a
     parameter the longest counts. Raises InputError for a name that fits none.
