@@ -2,6 +2,10 @@
 
 Dimension key: B batch, S prefix tokens, H action horizon, A action dimension, P state dimension, K bins, D width.
 
+`loss` and `sample` of each head take hidden [B, S, the backbone's width], mask bool [B, S] (true where to look), state
+[B, P] (normalized), key int64 [B] (what is random about a sample is drawn from it) and scale (of its actions; tensors
+[B, 1, A]); `loss` also actions [B, H, A] (normalized) and valid bool [B, H, A], and it gives each term per sample [B].
+
 `valid` is false past the end of an episode, and in the dimensions that the sample's data set lacks: no loss is taken
 there. Actions are 0 in the latter, as are samples.
 """
@@ -78,7 +82,6 @@ class RegressionHead(nn.Module):
         self.decoder = Decoder(config, context_width, state_dim, action_dim)
 
     def loss(self, hidden, mask, state, actions: Tensor, valid: Tensor, key: Tensor, scale: Scale) -> dict[str, Tensor]:
-        """actions: normalized [B, H, A], valid: bool [B, H, A] -> each term per sample [B]."""
         out, terms = self.decoder(hidden, mask, state), {}
         if self.smooth:
             error, counted = out - actions, valid & ~self.gripper
