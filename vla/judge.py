@@ -17,9 +17,9 @@ from vla.optim import EMA
 class Judge:
     """Evaluates the averaged weights and keeps what it found in the state of the run, which checkpoints have.
 
-    There are `best` and `best_step`; `evaluations_since_best`; `evaluated`, the step of the last evaluation, and its
-    `score`: the lower the better, None if it was not finite; and what they were found by: `metric` (None if the run
-    evaluates nothing) and `judged_on`.
+    Its keys of the state are `best` and `best_step`; `evaluations_since_best`; `evaluated`, the step of the last
+    evaluation, and its `score`: the lower the better, None if it was not finite; and what they were found by: `metric`
+    (None if the run evaluates nothing) and `judged_on`.
     samples: held out. batch_size: of each process.
     """
 

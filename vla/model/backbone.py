@@ -211,8 +211,8 @@ class LanguageModel(nn.Module):
         return self.norm(x)
 
     def _loss(self, x: Tensor, mask: Tensor, images: int, tokens: Tensor, token_mask: Tensor) -> Tensor:
-        """Cross-entropy of the instruction given the images, byte by byte, meaned over each sample's own bytes. ->
-        [B].
+        """Cross-entropy of the instruction given the images, byte by byte, averaged over each sample's own bytes.
+        -> [B].
 
         It needs a pass of its own, in which no token sees what it predicts: images see images, and text sees images
         and the text before it.

@@ -323,9 +323,10 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
     def capture(self, batch_size: int = 1, dtype: torch.dtype = torch.bfloat16) -> None:
         """From now on predict in this precision, with compiled layers, and batches of this size as one CUDA graph.
 
-        Nothing acts faster. The weights are rounded, so the policy is for nothing else from then on: it may be neither
-        moved nor trained, and is not saved. Raises InputError for a policy that is not on a GPU, or whose prediction is
-        not the same launches every time: with the image encoder of Qwen or SigLIP 2 NaFlex it is not.
+        In bfloat16 the fastest measured (docs/RESULTS.md). The weights are rounded, so the policy is for nothing else
+        from then on: it may be neither moved nor trained, and is not saved. Raises InputError for a policy that is not
+        on a GPU, or whose prediction is not the same launches every time: with the image encoder of Qwen or SigLIP 2
+        NaFlex it is not.
         """
         device = self.state_norm.offset.device
         if device.type != "cuda":

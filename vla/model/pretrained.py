@@ -170,7 +170,7 @@ class LanguageModel(nn.Module):
             )
 
     def _loss(self, hidden: Tensor, tokens: Tensor, token_mask: Tensor) -> Tensor:
-        """Cross-entropy of each next token, meaned over each sample's own. hidden: [B, T - 1, D] -> [B]."""
+        """Cross-entropy of each next token, averaged over each sample's own. hidden: [B, T - 1, D] -> [B]."""
         if self.next_token:
             logits = self.next_token(hidden)  # [B, T - 1, V]
         else:  # tied

@@ -23,7 +23,7 @@ class Episode:
 
 
 def film_stride(fps: float) -> int:
-    """Every how manieth frame of an episode is kept."""
+    """n, where every n-th frame of an episode is kept."""
     return -(-round(fps) // FILM_FPS)
 
 
