@@ -56,7 +56,6 @@ def worker_pids():
 # ---- The same batches, whoever makes them.
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")  # more than some machines' cores
 @pytest.mark.parametrize("workers", [0, 1, 2, 3])
 def test_batches_are_those_of_the_samples_in_order_and_take_nothing_from_the_global_random_state(workers, stream):
     torch.manual_seed(5)
@@ -67,6 +66,12 @@ def test_batches_are_those_of_the_samples_in_order_and_take_nothing_from_the_glo
         made += 1
     assert made == 40
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_more_workers_than_cores_draw_no_advice_of_torch(stream, monkeypatch, recwarn):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
+    assert len(list(batches(stream, 3, workers=3))) == 3
+    assert not list(recwarn)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -7,6 +7,7 @@ for a GPU is pinned, so that the device fetches it from there by itself. Through
 import atexit
 import mmap
 import multiprocessing
+import warnings
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,18 +33,20 @@ def loader(
             yield {name: value.to(device) for name, value in samples.batch(of_batch).items()}
         return
     slots = _Slots(workers * SLOTS, batch_size, samples.batch(range(1)))
-    batches = iter(
-        DataLoader(
-            _Filler(samples, slots),
-            batch_sampler=positions,
-            collate_fn=_whole,
-            num_workers=workers,
-            prefetch_factor=AHEAD,
-            multiprocessing_context="fork",  # the workers inherit the slots
-            generator=torch.Generator(),  # the loader draws a seed for its workers: not from training's generator
-            worker_init_fn=_ignore_signals,
+    with warnings.catch_warnings():  # too many for the cores: what that costs is in perf/data_wait_share
+        warnings.filterwarnings("ignore", "This DataLoader will create")
+        batches = iter(
+            DataLoader(
+                _Filler(samples, slots),
+                batch_sampler=positions,
+                collate_fn=_whole,
+                num_workers=workers,
+                prefetch_factor=AHEAD,
+                multiprocessing_context="fork",  # the workers inherit the slots
+                generator=torch.Generator(),  # the loader draws a seed for its workers: not from training's generator
+                worker_init_fn=_ignore_signals,
+            )
         )
-    )
     if device.type == "cuda":
         slots.pin()
     try:
