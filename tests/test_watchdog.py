@@ -1,5 +1,6 @@
 """Processes that hang: all end, and say which one it was. What only takes long goes on."""
 
+import contextlib
 import os
 import re
 import signal
@@ -138,6 +139,20 @@ def test_long_export_and_a_checkpoint_that_is_long_read_are_no_hang(processes, f
     children = train(*flags, *own, "--run_dir", tmp_path / "other", before=both(hook, hangs), processes=processes)
     assert NO_PROGRESS in children[-1].stderr
     assert "going back" in children[0].stderr
+
+
+def test_run_is_watched_again_after_an_error_in_what_is_not(flags, tmp_path):
+    def unwatched(found):
+        def leave():
+            with contextlib.suppress(KeyError), the(guard.Guard).unwatched():
+                raise KeyError
+            time.sleep(300)
+
+        at_step(3, leave)(found)
+
+    (child,) = train(*flags, "--guard.hang_seconds", 2, "--run_dir", tmp_path / "run", before=unwatched)
+    assert child.code == 1
+    assert NO_PROGRESS in child.stderr
 
 
 def test_save_that_is_long_waited_for_is_no_hang(flags, tmp_path):

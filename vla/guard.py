@@ -243,8 +243,10 @@ class Guard:
     def unwatched(self):
         """Around what gives no signs of life, and takes as long as the disk does; all processes enter and leave it."""
         self.watchdog.close()
-        yield
-        self.watchdog = Watchdog(self.accelerator, self.config.hang_seconds)
+        try:
+            yield
+        finally:
+            self.watchdog = Watchdog(self.accelerator, self.config.hang_seconds)
 
     def go_on(self, doing: str) -> bool:
         """A sign of life, from within what takes long. False if this process is to leave it and stop."""
