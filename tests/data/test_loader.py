@@ -9,6 +9,7 @@ import sys
 import time
 from collections import deque
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -19,7 +20,7 @@ from training import train
 
 from vla import InputError
 from vla.data.lerobot import LeRobotDataset
-from vla.data.loader import SLOTS, loader
+from vla.data.loader import SLOTS, _Slots, loader
 from vla.data.mixture import Mixture
 from vla.data.stream import training_positions
 
@@ -143,6 +144,25 @@ def test_memory_is_used_again_once_a_batch_is_dropped(stream):
     assert len(set(places)) <= 2 * SLOTS
     assert set(places[::2]).isdisjoint(places[1::2])  # each worker has its own, and so they need no lock
     assert max(places) - min(places) < 2 * SLOTS * size  # all in one map, none copied through the queue
+
+
+@pytest.mark.parametrize("status", [0, 304])
+def test_memory_that_cannot_be_locked_for_a_gpu_is_used_as_it_is(status, stream, monkeypatch, caplog):
+    def kernel(*_, **__):  # raises what came before it
+        raise RuntimeError("CUDA error: OS call failed")
+
+    unlocked, lock = [], lambda *_: SimpleNamespace(value=status)
+    runtime = SimpleNamespace(cudaHostRegister=lock, cudaHostUnregister=unlocked.append)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
+    monkeypatch.setattr(torch, "ones", kernel)
+    slots = _Slots(2, BATCH, stream.batch(range(1)))
+    address = slots.batches.ctypes.data
+    slots.pin()
+    del slots
+    assert unlocked == ([] if status else [address])
+    told = "memory for batches could not be locked (CUDA error 304): they arrive later"
+    assert caplog.messages == ([told] if status else [])
 
 
 def test_memory_of_the_processes_does_not_grow(tmp_path):

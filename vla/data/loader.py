@@ -5,6 +5,8 @@ for a GPU is pinned, so that the device fetches it from there by itself. Through
 """
 
 import atexit
+import contextlib
+import logging
 import mmap
 import multiprocessing
 import warnings
@@ -20,6 +22,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from vla import InputError
 from vla.data.stream import Samples
 
+logger = logging.getLogger(__name__)
 AHEAD = 4  # batches that each worker makes before they are asked for
 SLOTS = AHEAD + 2  # of each worker: also one in use, and one on its way to the device
 
@@ -74,10 +77,15 @@ class _Slots:
         self._on_their_way: deque[tuple[torch.cuda.Event, int]] = deque()
 
     def pin(self) -> None:
-        """Let a GPU read the slots by itself."""
-        address = self.batches.ctypes.data
-        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(address, self.batches.nbytes, 0))
-        weakref.finalize(self.batches, torch.cuda.cudart().cudaHostUnregister, address)
+        """Let a GPU read the slots by itself, or warn that they cannot be locked for it: it copies from them then."""
+        runtime, address = torch.cuda.cudart(), self.batches.ctypes.data
+        status = runtime.cudaHostRegister(address, self.batches.nbytes, 0)
+        if status.value == 0:
+            weakref.finalize(self.batches, runtime.cudaHostUnregister, address)
+        else:
+            logger.warning("memory for batches could not be locked (CUDA error %d): they arrive later", status.value)
+            with contextlib.suppress(RuntimeError):  # CUDA has kept the error, for the next kernel to raise
+                torch.ones(1, device="cuda")
         self._copying = torch.cuda.Stream()
 
     def free(self) -> int | None:
