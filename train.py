@@ -61,7 +61,7 @@ def main(config: TrainConfig) -> None:
     # Pretrained weights that are trained come from the checkpoint, those that are not from where they came from.
     saved, needed = (run_dir / "backbone", config.model.freeze or config.lora.rank) if resuming else (None, True)
     policy = VLAPolicy(policy_config(config, parts), saved, needed)
-    policy.spare_unused()
+    policy.freeze_unused()
     if resuming and needed:
         checkpoint.check_origin(checkpoints, "base", policy.config.base)
     origin = f"pretrained {policy.backbone.originals}" if policy.backbone else "weights from scratch"

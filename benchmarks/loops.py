@@ -37,7 +37,7 @@ def build(config: TrainConfig) -> tuple[VLAPolicy, Samples]:
     torch.manual_seed(config.seed)
     parts = select(config.data)
     policy = VLAPolicy(policy_config(config, parts))
-    policy.spare_unused()
+    policy.freeze_unused()
     data = open_datasets(parts, config.data)
     episodes = [split(d.episodes, config.data.val_fraction, config.seed)[0] for d in data.datasets]
     tokens = policy.tokenize([text for part in parts for text in part.layout.instructions])

@@ -28,7 +28,7 @@ def policy_on(flags, **options):
     """A policy with statistics. Its last layer, which starts at 0 and hides all before it, is random."""
     torch.manual_seed(0)
     policy = VLAPolicy(settings(flags, **options))
-    policy.spare_unused()
+    policy.freeze_unused()
     policy.set_statistics([tuple(map(statistics, VALUES[spec.name])) for spec in policy.config.datasets])
     torch.manual_seed(1)  # again, as adapters have taken random numbers too
     nn.init.normal_(policy.action_head.decoder.out[-1].weight, std=0.1)

@@ -65,7 +65,7 @@ def inputs(normalized, robots="one robot"):
 
 
 def valid(robots="one robot"):
-    return SHORT[:, :, None] & scale(dataset=ROBOTS[robots]).real  # [B, H, A]
+    return SHORT[:, :, None] & scale(dataset=ROBOTS[robots]).present  # [B, H, A]
 
 
 def normal(*shape, seed=3):

@@ -115,7 +115,7 @@ def test_each_sample_is_scaled_as_its_own_data_set_alone_would_be(mode):
 def test_dimension_that_a_data_set_lacks_is_zero_whatever_stands_there(mode, value):
     pair = normalizer(mode, VALUES, OTHERS)
     own = pair.of(torch.tensor([1, 0]))
-    assert own.real.tolist() == [[[True, True, False]], [[True, True, True]]]
+    assert own.present.tolist() == [[[True, True, False]], [[True, True, True]]]
     assert [getattr(pair, name)[1, 2].item() for name in ("offset", "scale", "low", "high")] == [0, 1, 0, 0]
     x = torch.full((2, 4, 3), value)
     assert (own.normalize(x)[0, :, 2] == 0).all()

@@ -101,11 +101,11 @@ class Residual(nn.Module):
         return x + self.layers(x)
 
 
-def fourier_grid(rows: int, columns: int, octaves: int = 4) -> Tensor:
-    """Coordinates of a grid's cells in [-1, 1], their sines and cosines. -> [rows · columns, 2 + 4 · octaves]."""
+def fourier_grid(rows: int, columns: int) -> Tensor:
+    """Coordinates of a grid's cells in [-1, 1], their sines and cosines in four octaves. -> [rows · columns, 18]."""
     y, x = torch.meshgrid(torch.linspace(-1, 1, rows), torch.linspace(-1, 1, columns), indexing="ij")
     place = torch.stack([x.flatten(), y.flatten()], dim=-1)
-    angles = (place[:, :, None] * torch.pi / 2 * 2 ** torch.arange(octaves)).flatten(1)
+    angles = (place[:, :, None] * torch.pi / 2 * 2 ** torch.arange(4)).flatten(1)
     return torch.cat([place, angles.sin(), angles.cos()], dim=-1)
 
 

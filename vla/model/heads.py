@@ -75,21 +75,21 @@ class RegressionHead(nn.Module):
 
     def __init__(self, config: ModelConfig, context_width: int, state_dim: int, action_dim: int):
         super().__init__()
-        self.weights, self.smooth = config.loss, len(set(config.gripper_dims)) < action_dim
+        self.weights, self.has_continuous = config.loss, len(set(config.gripper_dims)) < action_dim
         gripper = torch.tensor([dim in config.gripper_dims for dim in range(action_dim)])  # [A]
         self.register_buffer("gripper", gripper, persistent=False)
-        self.classifies = len(config.gripper_dims) > 0
+        self.has_grippers = len(config.gripper_dims) > 0
         self.decoder = Decoder(config, context_width, state_dim, action_dim)
 
     def loss(self, hidden, mask, state, actions: Tensor, valid: Tensor, key: Tensor, scale: Scale) -> dict[str, Tensor]:
         out, terms = self.decoder(hidden, mask, state), {}
-        if self.smooth:
+        if self.has_continuous:
             error, counted = out - actions, valid & ~self.gripper
             if self.weights.l1:
                 terms["l1"] = sample_mean(error.abs(), counted)
             if self.weights.mse:
                 terms["mse"] = sample_mean(error.square(), counted)
-        if self.classifies:
+        if self.has_grippers:
             high = (scale.inverse(actions) > (scale.low + scale.high) / 2).float()
             error = F.binary_cross_entropy_with_logits(out, high, reduction="none")
             terms["bce"] = sample_mean(error, valid & self.gripper)
@@ -125,7 +125,7 @@ class FlowHead(nn.Module):
     def loss(self, hidden, mask, state, actions: Tensor, valid: Tensor, key: Tensor, scale: Scale) -> dict[str, Tensor]:
         """t ~ Beta(1.5, 1), drawn by its inverse distribution u^(1 / 1.5); noise and t come from the sample's key."""
         t = 0.001 + 0.999 * keyed.uniform(key, keyed.FLOW_TIME) ** (1 / 1.5)  # [B]
-        noise = keyed.normal(key, keyed.FLOW_NOISE, self.chunk).where(scale.real, 0)
+        noise = keyed.normal(key, keyed.FLOW_NOISE, self.chunk).where(scale.present, 0)
         noisy = t[:, None, None] * noise + (1 - t[:, None, None]) * actions
         # Slots past the end of an episode hold no action: the others must not see what stands there.
         error = self.velocity(hidden, mask, state, noisy, self.embed_time(t), visible=valid.any(-1)) - (noise - actions)
@@ -133,11 +133,11 @@ class FlowHead(nn.Module):
 
     def sample(self, hidden, mask, state, key: Tensor, scale: Scale) -> Tensor:
         """Euler steps from the noise of each sample's key. -> actions in the robot's units [B, H, A]."""
-        actions = keyed.normal(key, keyed.FLOW_NOISE, self.chunk).where(scale.real, 0)
+        actions = keyed.normal(key, keyed.FLOW_NOISE, self.chunk).where(scale.present, 0)
         hidden = self.decoder.keys_values(hidden)
         t = torch.arange(self.steps, 0, -1, device=actions.device) / self.steps  # from 1 down
         for time in self.embed_time(t).split(1):
-            velocity = self.velocity(hidden, mask, state, actions, time).where(scale.real, 0)
+            velocity = self.velocity(hidden, mask, state, actions, time).where(scale.present, 0)
             actions = actions - velocity / self.steps
         return scale.inverse(actions)
 

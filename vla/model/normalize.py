@@ -28,10 +28,10 @@ class Scale(NamedTuple):
     scale: Tensor
     low: Tensor  # smallest and largest value seen, or (Normalizer's `clipped`) what becomes -1 and 1
     high: Tensor
-    real: Tensor  # bool, false in the dimensions that the data set lacks
+    present: Tensor  # bool, false in the dimensions that the data set lacks
 
     def normalize(self, x: Tensor) -> Tensor:
-        return ((x - self.offset) / self.scale).where(self.real, 0)
+        return ((x - self.offset) / self.scale).where(self.present, 0)
 
     def inverse(self, x: Tensor) -> Tensor:
         return (x * self.scale + self.offset).where(self.high - self.low > 2 * _STILL, self.low)
@@ -51,8 +51,8 @@ class Normalizer(nn.Module):
         self.clipped = clipped and mode != "mean_std"
         for name in ("offset", "scale", "low", "high"):
             self.register_buffer(name, torch.full((len(dims), self.width), torch.nan))
-        real = torch.arange(self.width) < torch.tensor(list(dims.values()))[:, None]  # [K, D]
-        self.register_buffer("real", real, persistent=False)
+        present = torch.arange(self.width) < torch.tensor(list(dims.values()))[:, None]  # [K, D]
+        self.register_buffer("present", present, persistent=False)
 
     def of(self, dataset: Tensor) -> Scale:
         """The scales of the samples of a batch. dataset: int64 [B], the place of each sample's data set."""

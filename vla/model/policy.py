@@ -103,8 +103,8 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
         if model.random_backbone:
             self._base = set()  # these are loaded from nowhere
 
-    def spare_unused(self) -> None:
-        """Leave out of training what images do not depend on, which would get no gradient; before a training."""
+    def freeze_unused(self) -> None:
+        """Freeze for good what image tokens do not depend on, which would get no gradient; before a training."""
         self.freeze_at(math.inf)
         trained = any(p.requires_grad for p in self.vision_encoder.parameters())
         if self.backbone and (trained or self.backbone.projector):
@@ -292,7 +292,7 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
         hidden, mask, error = self._understand(batch, lm=weights.lm > 0)
         state = self.state_norm.of(batch["dataset"]).normalize(batch["state"][:, None])[:, 0]  # [B, P]
         actions = scale.normalize(batch["actions"])
-        valid = ~batch["action_is_pad"][:, :, None] & scale.real  # [B, H, A]
+        valid = ~batch["action_is_pad"][:, :, None] & scale.present  # [B, H, A]
         terms = self.action_head.loss(hidden, mask, state, actions, valid, batch["key"], scale)
         if error is not None:
             terms["lm"] = error
