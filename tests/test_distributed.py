@@ -240,6 +240,12 @@ def test_training_on_the_cpu_for_lack_of_a_gpu_is_said(use_cpu, said, flags, tmp
     assert ("so this trains on the CPU" in child.ok().stderr) == said
 
 
+def test_precision_that_is_none_of_ours_is_refused(flags, tmp_path):
+    (child,) = train(*flags, "--run_dir", tmp_path / "run", env={"ACCELERATE_MIXED_PRECISION": "fp8"})
+    assert child.stderr.startswith("error: mixed_precision is fp8; expected no, fp16 or bf16")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("ranks", [{1}, {0, 1}], ids=["one", "all"])
 def test_error_is_told_once_by_the_process_that_meets_it(ranks, flags, tmp_path):
     def batch(self, positions, images=None, original=Samples.batch):

@@ -1,6 +1,7 @@
 """python -m vla.rollout."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from policies import ARM, TABLETOP, tiny
+from training import command
 
 from vla import InputError, rollout, sim
 from vla.model import VLAPolicy
@@ -196,3 +198,10 @@ def test_result_is_told_where_the_disk_is_full_by_then(exported, tmp_path, capsy
     assert "success rate in tabletop: " in capsys.readouterr().out
     if full == "gif":
         assert json.loads((tmp_path / "it.json").read_text())["episodes"] == 1
+
+
+def test_rollout_itself_exits_with_one_line(tmp_path):
+    done = command(sys.executable, "-m", "vla.rollout", "--policy", tmp_path, "--env", "tabletop")
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [done.stderr.strip()]
+    assert done.stderr.startswith(f"error: {tmp_path}")

@@ -52,6 +52,9 @@ def check_launch(config: TrainConfig) -> None:
             f"{here} processes were launched on a machine with {gpus} GPUs; launch fewer by --num_processes, or set "
             "ACCELERATE_USE_CPU=true"
         )
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in ("no", "fp16", "bf16"):
+        raise InputError(f"mixed_precision is {precision}; expected no, fp16 or bf16, in the YAML or by --mixed_precision")
     if config.cuda_graphs and not gpus:
         raise InputError("--cuda_graphs needs a GPU, and this trains on the CPU; leave it out")
 
