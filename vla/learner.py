@@ -54,7 +54,9 @@ def check_launch(config: TrainConfig) -> None:
         )
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in ("no", "fp16", "bf16"):
-        raise InputError(f"mixed_precision is {precision}; expected no, fp16 or bf16, in the YAML or by --mixed_precision")
+        raise InputError(
+            f"mixed_precision is {precision}; expected no, fp16 or bf16, in the YAML or by --mixed_precision"
+        )
     if config.cuda_graphs and not gpus:
         raise InputError("--cuda_graphs needs a GPU, and this trains on the CPU; leave it out")
 
