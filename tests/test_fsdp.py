@@ -16,13 +16,14 @@ from safetensors.torch import load_file
 from saving import broken
 from test_guard import spoil
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from training import (
     SHARDED,
     after,
     assert_equal,
     assert_resumes_to,
     assert_stopped,
+    both,
     die,
     die_at,
     last,
@@ -267,6 +268,28 @@ def killed(flags, tmp_path_factory):
 def test_killed_run_that_goes_on_equals_the_uninterrupted_one(killed, uninterrupted, tmp_path):
     run = Path(shutil.copytree(killed["sharded"], tmp_path / "run"))
     assert_resumes_to(run, uninterrupted(processes=2, env=SHARDED), processes=2, env=SHARDED)
+
+
+def test_run_with_its_shards_in_the_memory_of_the_machine_is_killed_and_goes_on_as_if_they_were_not(
+    flags, uninterrupted, tmp_path
+):
+    def offload(found):
+        def plugin(**own):  # on the CPU nothing is offloaded, and without a GPU no memory can be locked for one
+            return FullyShardedDataParallelPlugin(**own | {"cpu_offload": CPUOffloadPolicy(pin_memory=False)})
+
+        def look(objects, *_):
+            found["offload"] = type(objects[0]._get_fsdp_state()._fsdp_param_group.offload_policy)
+
+        fsdp.FullyShardedDataParallelPlugin = plugin
+        after(Accelerator, "prepare", look)
+
+    run = tmp_path / "run"
+    env = SHARDED | {"FSDP_OFFLOAD_PARAMS": "true"}  # what the launcher makes of 4gpu_fsdp_offload.yaml
+    train(*flags, "--run_dir", run, before=both(offload, die_at(12)), processes=2, env=env)
+    assert steps(run) == [7, 10]
+    for child in train("--resume_from", run, before=offload, processes=2, env=env):
+        assert child.ok().found["offload"] is CPUOffloadPolicy
+    assert_equal(run, uninterrupted(processes=2, env=SHARDED))
 
 
 @pytest.mark.parametrize(
