@@ -11,7 +11,6 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +20,6 @@ from vla.config import TrainConfig
 
 def main(config: TrainConfig) -> None:
     # Imports that take seconds come after the flags were read, so that --help and a wrong flag answer at once.
-    import numpy as np
     import torch
     from accelerate.utils import set_seed
 
@@ -37,7 +35,7 @@ def main(config: TrainConfig) -> None:
     from vla.log import RunLog, check_trackers
     from vla.model import VLAPolicy
     from vla.optim import schedule
-    from vla.restore import restore
+    from vla.restore import go_back, restore, seed_apart
     from vla.saver import FAILURES, Saver
 
     # ---- What can be wrong with the input is found here, before any process group exists.
@@ -97,21 +95,12 @@ def main(config: TrainConfig) -> None:
     state |= {"skipped_updates": 0, "bad_in_a_row": 0, "loss_average": 0.0}
     state |= {"data": digests, "base": policy.config.base, "precision": accelerator.mixed_precision}
 
-    def seed_apart(step: int) -> None:  # what is dropped in training, of which only saved generators know more
-        set_seed(int(np.random.SeedSequence([config.seed, rank, step]).generate_state(1)[0]))
-
-    def restored(resume_from: str, passed_over: Iterable[Path] = ()) -> tuple[dict, Path]:
-        saved, path = restore(learner, resume_from, checkpoints, passed_over)
-        if not (path / f"random_states_{rank}.pkl").exists():
-            seed_apart(saved["step"])
-        return saved, path
-
     if resuming:
-        saved, found = restored(config.resume_from)
+        saved, found = restore(learner, config.resume_from, checkpoints, config.seed)
         state |= judge.adopt(saved)
         origin = f"resumed from {found}"
     elif rank:
-        seed_apart(0)
+        seed_apart(config.seed, rank, 0)
     first_step = step = saved_step = state["step"]
     if steps < first_step:
         raise InputError(f"--steps {steps} is behind the checkpoint, which is of step {first_step}; give at least that")
@@ -152,26 +141,6 @@ def main(config: TrainConfig) -> None:
         positions = training_positions(step, steps, config.global_batch_size, *place)
         return loader(train_samples, positions, micro_batch, config.data.workers, device)
 
-    def went_back(window: tuple[int, int]) -> dict:
-        """Load the last checkpoint from before these steps, whose samples are left out from now on."""
-        what = f"{window[1]} updates in a row, up to step {sum(window)}, were skipped"
-        cure = "look at the samples named above, or start a new run with a lower --optim.lr"
-        if state["rollbacks"] >= config.guard.rollbacks:
-            raise FloatingPointError(
-                f"{what}, and the run has gone back {state['rollbacks']} times before (--guard.rollbacks); "
-                f"the last checkpoint is intact: {cure}"
-            )
-        saves = checkpoint.all_steps(checkpoints)
-        later = [path for saved, path in saves.items() if saved > window[0]]
-        try:
-            with guard.unwatched():
-                before, path = restored(str(checkpoints), later)
-        except InputError as failure:
-            why = failure if len(later) < len(saves) else "nothing was saved before them"
-            raise FloatingPointError(f"{what}, and there is nothing to go back to ({why}): {cure}") from None
-        log.say(f"{what}: going back to {path}, and on without the samples of these steps")
-        return judge.adopt(before) | {"rollbacks": state["rollbacks"] + 1, "left_out": [*state["left_out"], window]}
-
     # ---- The loop. A turn is what is due between two steps, then one optimizer step, from G positions of the stream.
     batches, seconds_before = batches_from(step), state["seconds"]
     while True:
@@ -184,7 +153,11 @@ def main(config: TrainConfig) -> None:
             raise NotSaved(f"stopped at step {step}: {FAILURES} saves in a row failed, the warnings say why")
         if guard.window:
             saver.settle()
-            state |= went_back(guard.window)
+            with guard.unwatched():
+                saved, said = go_back(learner, checkpoints, config, guard.window, state["rollbacks"])
+            log.say(said)
+            saved |= {"rollbacks": state["rollbacks"] + 1, "left_out": [*state["left_out"], guard.window]}
+            state |= judge.adopt(saved)
             step = saved_step = state["step"]
             guard.load(state)
             log.go_back(step, evaluated=state["evaluated"] == step)

@@ -4,14 +4,16 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.checkpointing import load_accelerator_state
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, set_seed
 from accelerate.utils import load as load_tensors
 
 from vla import InputError, in_one_line
-from vla.checkpoint import find, read_state, together, wanted
+from vla.checkpoint import all_steps, find, read_state, together, wanted
+from vla.config import TrainConfig
 from vla.learner import Learner
 from vla.model.policy import VLAPolicy
 from vla.optim import EMA, before_first_step, trained_parameters
@@ -80,11 +82,43 @@ def _load_rows(policy: VLAPolicy, optimizer: torch.optim.Optimizer, path: Path, 
     optimizer.state.update(state)
 
 
-def restore(learner: Learner, resume_from: str, folder: Path, passed_over: Iterable[Path] = ()) -> tuple[dict, Path]:
+def seed_apart(seed: int, rank: int, step: int) -> None:
+    """Seed what is dropped in training, of which only saved generators know more, in each process on its own."""
+    set_seed(int(np.random.SeedSequence([seed, rank, step]).generate_state(1)[0]))
+
+
+def go_back(
+    learner: Learner, folder: Path, config: TrainConfig, window: tuple[int, int], rollbacks: int
+) -> tuple[dict, str]:
+    """Restore the last checkpoint from before steps that were skipped. Returns its `state`, and what to say of it.
+
+    window: the step before them, and how many they are. rollbacks: how often the run went back before. Raises
+    FloatingPointError if that was often enough, and if there is none.
+    """
+    what = f"{window[1]} updates in a row, up to step {sum(window)}, were skipped"
+    cure = "look at the samples named above, or start a new run with a lower --optim.lr"
+    if rollbacks >= config.guard.rollbacks:
+        raise FloatingPointError(
+            f"{what}, and the run has gone back {rollbacks} times before (--guard.rollbacks); the last checkpoint is "
+            f"intact: {cure}"
+        )
+    saves = all_steps(folder)
+    later = [path for saved, path in saves.items() if saved > window[0]]
+    try:
+        state, path = restore(learner, str(folder), folder, config.seed, later)
+    except InputError as failure:
+        why = failure if len(later) < len(saves) else "nothing was saved before them"
+        raise FloatingPointError(f"{what}, and there is nothing to go back to ({why}): {cure}") from None
+    return state, f"{what}: going back to {path}, and on without the samples of these steps"
+
+
+def restore(
+    learner: Learner, resume_from: str, folder: Path, seed: int, passed_over: Iterable[Path] = ()
+) -> tuple[dict, Path]:
     """Find, verify, load, on all processes together. Returns the `state` given to `save`, and the checkpoint.
 
-    If loading fails on any process, all load the next older checkpoint, whole. Raises InputError if none is left, and
-    at once for a checkpoint that was named.
+    seed: of the run, for a process that has no generators in it. If loading fails on any process, all load the next
+    older checkpoint, whole. Raises InputError if none is left, and at once for a checkpoint that was named.
     """
     accelerator = learner.accelerator
     passed_over = set(passed_over)
@@ -100,6 +134,8 @@ def restore(learner: Learner, resume_from: str, folder: Path, passed_over: Itera
             now = accelerator.mixed_precision
             if accelerator.is_main_process and (before := state.get("precision", now)) != now:
                 logger.warning("%s was trained in precision %s, and the run goes on in %s", path, before, now)
+            if not (path / f"random_states_{accelerator.process_index}.pkl").exists():
+                seed_apart(seed, accelerator.process_index, state["step"])
             return state | {"precision": now}, path
         if wanted(resume_from) not in ("", "best"):
             raise InputError(problem)
