@@ -94,7 +94,6 @@ def main(config: TrainConfig) -> None:
     state = judge.unjudged | {"step": 0, "seconds": 0.0, "rollbacks": 0, "left_out": []}
     state |= {"skipped_updates": 0, "bad_in_a_row": 0, "loss_average": 0.0}
     state |= {"data": digests, "base": policy.config.base, "precision": accelerator.mixed_precision}
-
     if resuming:
         saved, found = restore(learner, config.resume_from, checkpoints, config.seed)
         state |= judge.adopt(saved)
