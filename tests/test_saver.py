@@ -1,5 +1,6 @@
 """Saving in the background: a full disk or a later change of the tensors never costs a checkpoint."""
 
+import contextlib
 import os
 import pickle
 import random
@@ -222,12 +223,14 @@ def test_saves_share_one_buffer_and_leave_each_other_alone(tmp_path):
     in_children(save)[0].ok()
 
 
-def test_memory_is_unlocked_before_it_is_given_back(monkeypatch):
-    lock, locked = lambda address, *_: locked.append(address) or SimpleNamespace(value=0), []
+def test_memory_is_locked_by_the_own_gpu_and_unlocked_before_it_is_given_back(monkeypatch):
+    lock, locked, gpus = lambda address, *_: locked.append(address) or SimpleNamespace(value=0), [], []
     runtime = SimpleNamespace(cudaHostRegister=lock, cudaHostUnregister=locked.remove)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
-    copied = torch.from_numpy(vla.saver._buffer(1000, cuda=True)[100:200])
+    monkeypatch.setattr(torch.cuda, "device", lambda gpu: contextlib.nullcontext(gpus.append(gpu)))
+    copied = torch.from_numpy(vla.saver._buffer(1000, torch.device("cuda", 1))[100:200])
     assert locked
+    assert gpus == [torch.device("cuda", 1)]
     del copied
     assert not locked
 

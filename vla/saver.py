@@ -67,7 +67,7 @@ class Saver:
         if accelerator.is_main_process or self.store:
             # One thread, so that saves keep their order; the buffer is made in it, while the first steps run.
             self.thread = ThreadPoolExecutor(1, "checkpoint", _let_training_go_first)
-            self.buffer = self.thread.submit(_buffer, self.bytes(), self.cuda)
+            self.buffer = self.thread.submit(_buffer, self.bytes(), accelerator.device)
 
     def bytes(self) -> int:
         """Size of the tensors in a checkpoint when all is trained that ever will be, known before the first step."""
@@ -283,13 +283,14 @@ def _let_training_go_first() -> None:
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 14)  # on Linux a thread has a priority of its own
 
 
-def _buffer(size: int, cuda: bool) -> np.ndarray:
-    """Memory that is there: touched, and locked for the GPU's copies if there is one. uint8 [size]."""
+def _buffer(size: int, device: torch.device) -> np.ndarray:
+    """Memory that is there: touched, and locked for the copies if the device is a GPU. uint8 [size]."""
     buffer = np.empty(size, np.uint8)
     buffer.fill(0)
-    if cuda and size:
+    if device.type == "cuda" and size:
         runtime, address = torch.cuda.cudart(), buffer.ctypes.data
-        status = runtime.cudaHostRegister(address, size, 0)
+        with torch.cuda.device(device):  # threads begin with the first GPU, where each would take memory for a context
+            status = runtime.cudaHostRegister(address, size, 0)
         if status.value == 0:
             weakref.finalize(buffer, runtime.cudaHostUnregister, address)  # else its pages would stay locked
         else:
