@@ -26,7 +26,7 @@ def main(config: TrainConfig) -> None:
     from vla import checkpoint, rollout, shards
     from vla.data.augment import augment, check_shift
     from vla.data.loader import loader
-    from vla.data.mixture import open_datasets, select
+    from vla.data.mixture import digests, open_datasets, select
     from vla.data.stream import Samples, split, summary, training_positions
     from vla.export import deliver, init_from
     from vla.guard import Guard, Signals
@@ -34,6 +34,7 @@ def main(config: TrainConfig) -> None:
     from vla.learner import Learner, accelerate, check_launch, policy_config
     from vla.log import RunLog, check_trackers
     from vla.model import VLAPolicy
+    from vla.model.spec import check_losses
     from vla.optim import schedule
     from vla.restore import go_back, restore, seed_apart
     from vla.saver import FAILURES, Saver
@@ -54,11 +55,15 @@ def main(config: TrainConfig) -> None:
 
     # ---- Policy: so far the metadata of the data sets are enough; their pictures may take hours to decode.
     parts = select(config.data)
-    if not resuming:
+    settings = policy_config(config, parts)
+    if resuming:
+        checkpoint.check_origin(checkpoints, "data", digests(parts, config.data))
+    else:
         check_shift(config.data.augment, parts[0].image_size)
+        check_losses(settings)
     # Pretrained weights that are trained come from the checkpoint, those that are not from where they came from.
     saved, needed = (run_dir / "backbone", config.model.freeze or config.lora.rank) if resuming else (None, True)
-    policy = VLAPolicy(policy_config(config, parts), saved, needed)
+    policy = VLAPolicy(settings, saved, needed)
     policy.freeze_unused()
     if resuming and needed:
         checkpoint.check_origin(checkpoints, "base", policy.config.base)
@@ -71,9 +76,6 @@ def main(config: TrainConfig) -> None:
 
     # ---- Data: whole episodes are held out; the statistics are those of the rest.
     data = open_datasets(parts, config.data)
-    digests = [dataset.digest for dataset in data.datasets]
-    if resuming:
-        checkpoint.check_origin(checkpoints, "data", digests)
     halves = [split(dataset.episodes, config.data.val_fraction, config.seed) for dataset in data.datasets]
     train_episodes, val_episodes = zip(*halves, strict=True)
     train_samples = Samples(data, train_episodes, tokens, config.model.chunk_size, config.seed, shuffle=True)
@@ -93,7 +95,8 @@ def main(config: TrainConfig) -> None:
     # ---- Resume: one integer places the data, the learning rate and the logs.
     state = judge.unjudged | {"step": 0, "seconds": 0.0, "rollbacks": 0, "left_out": []}
     state |= {"skipped_updates": 0, "bad_in_a_row": 0, "loss_average": 0.0}
-    state |= {"data": digests, "base": policy.config.base, "precision": accelerator.mixed_precision}
+    state |= {"data": [own.digest for own in data.datasets], "base": policy.config.base}
+    state["precision"] = accelerator.mixed_precision
     if resuming:
         saved, found = restore(learner, config.resume_from, checkpoints, config.seed)
         state |= judge.adopt(saved)
@@ -133,6 +136,7 @@ def main(config: TrainConfig) -> None:
     saver = Saver(
         *(accelerator, checkpoints, policy, learner.optimizer, ema, config.checkpoint),
         alive=lambda: guard.go_on("waiting for a checkpoint to be written"),
+        committing=log.committing,
     )
 
     def batches_from(step: int):
@@ -171,7 +175,6 @@ def main(config: TrainConfig) -> None:
         if improved or saving or (ending and step != saved_step) or (judged and step == saved_step):
             guard.go_on(f"saving step {step}")
             state |= guard.state() | {"step": step, "seconds": seconds_before + time.perf_counter() - started}
-            log.saving()
             saver.save(state)
             saved_step = step
         if ending:
@@ -253,5 +256,5 @@ def main(config: TrainConfig) -> None:
 
 
 if __name__ == "__main__":
-    with told():
+    with told(together=True):
         main(options.parse(sys.argv[1:]))

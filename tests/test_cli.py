@@ -94,7 +94,6 @@ def assert_nothing_trained(run):
         ("--eval.min_delta -5", ["--eval.min_delta is -5.0"]),
         ("--eval.patience 1 --eval.every 0", ["--eval.patience 1", "--eval.every 0"]),
         ("--guard.spike_factor 0.5", ["--guard.spike_factor is 0.5", "at least 1"]),
-        ("--guard.hang_seconds 1e300", ["--guard.hang_seconds is 1e+300", "at most 604800"]),
         ("--eval.samples 0", ["--eval.samples", "0"]),
         ("--checkpoint.every 0", ["--checkpoint.every", "0"]),
         ("--checkpoint.keep 0", ["--checkpoint.keep", "0"]),

@@ -274,7 +274,7 @@ def test_launched_processes_form_one_group_or_are_refused(flags, tmp_path):
         assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("hang_seconds", "hours"), [(600, 1), (0, 24)])
+@pytest.mark.parametrize(("hang_seconds", "hours"), [(600, 1), (0, 24), (1e300, 24)])
 def test_collectives_wait_for_the_watchdog(hang_seconds, hours, flags, tmp_path):
     def hook(found):
         def look(*_):

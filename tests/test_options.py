@@ -73,6 +73,7 @@ def test_run_whose_checkpoints_to_keep_are_not_all_made_can_be_resumed_as_it_is(
     kept = dataclasses.replace(settings.checkpoint, every=5, keep_every=7)  # refused today
     options.save(dataclasses.replace(settings, checkpoint=kept), tmp_path / "config.json")
     assert options.parse(["--resume_from", str(tmp_path)]).checkpoint == kept
+    assert options.parse(["--resume_from", str(tmp_path), "--checkpoint.keep", "3"]).checkpoint.keep == 3
     with pytest.raises(InputError, match=r"keep_every is 8; expected a multiple of --checkpoint\.every 5"):
         options.parse(["--resume_from", str(tmp_path), "--checkpoint.keep_every", "8"])
     assert options.parse(["--resume_from", str(tmp_path), "--checkpoint.keep_every", "10"]).checkpoint.keep_every == 10

@@ -130,3 +130,12 @@ def test_home_is_found_behind_an_equals_sign_by_every_command(command, made, fol
     (child,) = run_module(*command.format(root=folder).split())
     child.ok()
     assert (folder / made).exists()
+
+
+@pytest.mark.parametrize("name", ["vla.export", "vla.checkpoints"])
+def test_command_of_its_own_tells_its_error_in_whatever_process_of_a_job_it_runs(name, monkeypatch):
+    for variable, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(variable, value)
+    (child,) = run_module(name, "nothing")
+    assert child.code == 1
+    assert child.stderr.startswith("error: nothing")

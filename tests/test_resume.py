@@ -18,6 +18,7 @@ from training import (
     SHARDED,
     TWO_PROCESSES,
     assert_equal,
+    die,
     die_at,
     last,
     metrics,
@@ -34,6 +35,7 @@ from training import (
 
 from vla import InputError, checkpoint, export, options
 from vla.model import VLAPolicy
+from vla.saver import Saver
 
 MID_EPOCH, EPOCH_END = 5, 11  # checkpoints after 60 and after 132 samples; an epoch has 132
 
@@ -177,6 +179,12 @@ def test_run_that_goes_back_and_is_killed_before_it_saves_has_lost_nothing(unint
     for older in ("checkpoints/step_00000007", "checkpoints/step_00000010"):
         (killed,) = train("--resume_from", run / older, "--checkpoint.every", 99, "--eval.every", 0, before=die_at(14))
         assert killed.code == -signal.SIGKILL
+
+    def die_in_a_save(found):
+        Saver._write_tensors = lambda *_: die()
+
+    (killed,) = train("--resume_from", of(run, 10), before=die_in_a_save)
+    assert killed.code == -signal.SIGKILL
     (resumed,) = train("--resume_from", run)
     assert f"resumed from {run}/checkpoints/step_00000016" in resumed.ok().stderr
     assert_equal(run, uninterrupted(*own))

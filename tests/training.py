@@ -42,7 +42,7 @@ LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 # Two processes that share the CPU, of a YAML that is written for several GPUs.
 TWO_PROCESSES = ["--config_file", str(ROOT / "accelerate_configs/4gpu.yaml"), "--num_processes", "2"]
 TIMEOUT = 60  # seconds for a run that takes one or two; what then still runs is hung
-ON_CPU = {"ACCELERATE_USE_CPU": "true"}
+ON_CPU = {"ACCELERATE_USE_CPU": "1"}  # as true as "true", which YAMLs make of it
 # What the launcher makes of accelerate_configs/4gpu_fsdp.yaml.
 SHARDED = {
     "ACCELERATE_USE_FSDP": "true",

@@ -40,28 +40,32 @@ def flush(path: str | os.PathLike) -> None:
 
 
 @contextlib.contextmanager
-def told():
-    """Around a command: wrong input, or a file that cannot be used, ends it with one line and exit code 1."""
+def told(together: bool = False):
+    """Around a command: wrong input, or a file that cannot be used, ends it with one line and exit code 1.
+
+    together: launched processes run it as one, and say once what all of them have met.
+    """
     try:
         yield
     except (InputError, NotSaved, FloatingPointError) as error:
-        tell(error)
+        tell(error, together)
     except OSError as failure:
         if failure.filename is None:
             raise
         why, cure = failure.strerror, "correct its name or its permissions, or give another"
-        tell(InputError(f"{failure.filename} cannot be used ({why}); {cure}"))
+        tell(InputError(f"{failure.filename} cannot be used ({why}); {cure}"), together)
     else:
         return
     sys.exit(1)
 
 
-def tell(error: Exception) -> None:
-    """Print an error in one line; once if several processes have met the same, with its number if one other has."""
+def tell(error: Exception, together: bool) -> None:
+    """Print an error in one line; once if processes have met the same together, with its number if one other has."""
     from tqdm import tqdm
 
     FAILED.set()
-    rank, first = int(os.environ.get("RANK", 0)), os.environ.get("LOCAL_RANK", "0") == "0"
+    rank = int(os.environ.get("RANK", 0)) if together else 0
+    first = not together or os.environ.get("LOCAL_RANK", "0") == "0"
     grouped = "torch" in sys.modules and (torch := sys.modules["torch"]).distributed.is_initialized()
     time.sleep(1 if rank else 0)  # so that the main process says what all have met
     if grouped:  # else all of a machine read the same files

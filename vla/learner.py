@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs
+from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs, parse_flag_from_env
 from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
@@ -44,7 +44,7 @@ def check_launch(config: TrainConfig) -> None:
             "alone, as it does where the YAML says distributed_type NO or MULTI_CPU; take another YAML, such as "
             "accelerate_configs/4gpu.yaml with --num_processes (and ACCELERATE_USE_CPU=true on CPUs)"
         )
-    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     gpus = 0 if on_cpu else torch.cuda.device_count()
     if here > max(gpus, 1) and not on_cpu:
@@ -69,7 +69,8 @@ def accelerate(config: TrainConfig, accumulation: int) -> Accelerator:
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     # Collectives wait longer than the watchdog, which knows whether the others hang or work (vla/guard.py).
     hang = config.guard.hang_seconds
-    patience = InitProcessGroupKwargs(timeout=timedelta(hours=1, seconds=2 * hang) if hang else timedelta(days=7))
+    hours = timedelta(hours=1, seconds=min(2 * hang, 14 * 24 * 3600)) if hang else timedelta(days=7)
+    patience = InitProcessGroupKwargs(timeout=hours)
     folder, handlers = Path(config.run_dir), [ddp, patience]
     accelerator = Accelerator(gradient_accumulation_steps=accumulation, project_dir=folder, kwargs_handlers=handlers)
     if accelerator.gradient_accumulation_steps != accumulation:

@@ -238,8 +238,8 @@ class RunLog:
 
         self._tensorboard(add)
 
-    def saving(self) -> None:
-        """A checkpoint is about to be written: from now on the run goes on from there, or from before it went back."""
+    def committing(self) -> None:
+        """A checkpoint is about to be committed: from then on the run goes on from there. Any thread may call it."""
         if self.accelerator.is_main_process:
             with suppress(OSError):
                 self.before.unlink(missing_ok=True)
@@ -266,7 +266,7 @@ class RunLog:
         """Write result.json. state: the trainer's counters at the end. Raises NotSaved if it cannot be written."""
         if not self.accelerator.is_main_process:
             return
-        self.saving()
+        self.committing()
         cuda = self.accelerator.device.type == "cuda"
         result = {
             **state,

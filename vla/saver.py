@@ -41,7 +41,8 @@ class Saver:
 
     One save is in flight; the next waits for it. Every process calls `save` and `finish`; the main process writes, or
     where the policy is sharded each its own rows, and the main process commits.
-    alive: is called every second while a save is waited for.
+    alive: is called every second while a save is waited for. committing: before each commit, in the thread of the main
+    process.
     """
 
     def __init__(
@@ -53,9 +54,10 @@ class Saver:
         ema: EMA | None,
         config: CheckpointConfig,
         alive: Callable[[], object] = lambda: None,
+        committing: Callable[[], object] = lambda: None,
     ):
         self.accelerator, self.folder, self.policy = accelerator, folder, policy
-        self.optimizer, self.ema, self.config, self.alive = optimizer, ema, config, alive
+        self.optimizer, self.ema, self.config, self.alive, self.committing = optimizer, ema, config, alive, committing
         self.cuda = accelerator.device.type == "cuda"
         self.failures = 0  # in a row
         self.good: set[Path] = set()  # verified by this process
@@ -192,6 +194,7 @@ class Saver:
                 checkpoint.write_json(temporary / "trainer_state.json", state | {"versions": checkpoint.versions()})
             finally:  # only then nobody writes any more
                 others = self._others(10 * (time.perf_counter() - began)) if self.store else {}
+            self.committing()
             size = checkpoint.commit(temporary, final, others)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -90,8 +90,8 @@ def paint(root):
     edit(root, "observation.images.side", 2, {"bytes": png.getvalue(), "path": None})
 
 
-def rename_task(root):
-    pq.write_table(pa.table({"task_index": [0, 1, 2], "task": ["a", "b", "c"]}), root / "meta/tasks.parquet")
+def rename_task(root, name="a"):
+    pq.write_table(pa.table({"task_index": [0, 1, 2], "task": [name, "b", "c"]}), root / "meta/tasks.parquet")
 
 
 CHANGES = {
@@ -99,6 +99,7 @@ CHANGES = {
     "a state": lambda root: edit(root, "observation.state", 2, [0.5, 0.0]),
     "a picture": paint,
     "an instruction": rename_task,
+    "an instruction, to one that is too long": lambda root: rename_task(root, "a" * 999),
     "an episode appended": lambda root: again(root, (9, 5, 8, 2)),
     "an episode less": lambda root: again(root, (9, 5)),
     "frames of an episode in another": lambda root: again(root, (9, 6, 7)),

@@ -8,7 +8,7 @@ from robots import ARM, CRANE, configuration
 from vla import InputError
 from vla.config import LossConfig
 from vla.model import VLAPolicy
-from vla.model.spec import check
+from vla.model.spec import check, check_losses
 
 WRONG = {
     "a stride that is no power of two": ({"vision_stride": 6}, "--model.vision_stride 6 does not fit images of 16x24"),
@@ -71,14 +71,6 @@ WRONG = {
         "--model.loss.bce has no effect with --model.head regression",
     ),
     "no weight at all": ({"loss": LossConfig(flow=0)}, "the loss weights flow are all 0"),
-    "no weight of the gripper": (
-        {"head": "regression", "gripper_dims": (2,), "loss": LossConfig(bce=0)},
-        "the loss weights bce are all 0, so the gripper dimensions learn nothing; raise one",
-    ),
-    "no weight of the motion": (
-        {"head": "regression", "gripper_dims": (2,), "loss": LossConfig(l1=0)},
-        "the loss weights l1, mse are all 0, so the other dimensions learn nothing; raise one",
-    ),
     "nothing but language": ({"head": "token", "loss": LossConfig(ce=0, lm=1)}, "the loss weights ce are all 0"),
     "a part to train under one that is never": (
         {"freeze": ("language_model", "language_model.norm"), "unfreeze": (("language_model.norm", 5),)},
@@ -104,6 +96,20 @@ def test_policy_that_cannot_be_built_is_refused_naming_the_flag(wrong):
     for build in (VLAPolicy, check):
         with pytest.raises(InputError, match=told):
             build(configuration(**model))
+
+
+@pytest.mark.parametrize(
+    ("loss", "told"),
+    [
+        ({"bce": 0}, "the loss weights bce are all 0, so the gripper dimensions learn nothing; raise one"),
+        ({"l1": 0}, "the loss weights l1, mse are all 0, so the other dimensions learn nothing; raise one"),
+    ],
+)
+def test_loss_that_leaves_dimensions_untrained_is_refused_to_new_runs_alone(loss, told):
+    config = configuration(head="regression", gripper_dims=(2,), loss=LossConfig(**loss))
+    check(config)
+    with pytest.raises(InputError, match=told):
+        check_losses(config)
 
 
 UNCHECKED = {

@@ -6,13 +6,15 @@ Dimensions: K data sets, B batch.
 import math
 from collections.abc import Iterator
 from fractions import Fraction
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from vla import InputError, hub, keyed
 from vla.config import DataConfig
-from vla.data.lerobot import LeRobotDataset
+from vla.data.index import Index
+from vla.data.lerobot import CACHE, LeRobotDataset
 from vla.data.selection import Selection
 
 LARGEST_BLOCK = 10_000
@@ -92,6 +94,12 @@ def select(config: DataConfig) -> list[Selection]:
     parts = [Selection(path, name=name, rename=rename, **chosen) for path, name, rename in named]
     _check_fit(config, parts)
     return parts
+
+
+def digests(parts: list[Selection], config: DataConfig) -> list[str]:
+    """What identifies the content of each, for which numbers are read and no pictures are decoded."""
+    folders = [Path(config.cache_dir or part.layout.root / CACHE) for part in parts]
+    return [Index(part, config.tolerance_s, folder).digest for part, folder in zip(parts, folders, strict=True)]
 
 
 def open_datasets(parts: list[Selection], config: DataConfig) -> Mixture:

@@ -103,19 +103,15 @@ def check(config: PolicyConfig) -> None:
         raise InputError(
             f"--model.gripper_dims has no effect with --model.head {model.head}; leave it out, or use regression"
         )
-    terms = {"flow": {"actions": ["flow"]}, "token": {"actions": ["ce"]}, "regression": {}}[model.head]
-    if model.head == "regression":
-        terms |= {"gripper dimensions": ["bce"]} if model.gripper_dims else {}
-        terms |= {"other dimensions": ["l1", "mse"]} if len(set(model.gripper_dims)) < config.action_dim else {}
+    used = [name for names in _terms(config).values() for name in names]
     for name, default in dataclasses.asdict(LossConfig()).items():
         weight = getattr(loss, name)
         if not 0 <= weight < math.inf:
             raise InputError(f"--model.loss.{name} is {weight}; expected 0 or more")
-        if weight != default and name not in sum(terms.values(), ["lm"]):
+        if weight != default and name not in [*used, "lm"]:
             raise InputError(f"--model.loss.{name} has no effect with --model.head {model.head} here; leave it out")
-    for what, names in terms.items():
-        if not sum(getattr(loss, name) for name in names):
-            raise InputError(f"the loss weights {', '.join(names)} are all 0, so the {what} learn nothing; raise one")
+    if not sum(getattr(loss, name) for name in used):
+        raise InputError(f"the loss weights {', '.join(used)} are all 0, so nothing is learned; raise one")
     if loss.lm and {"language_model", "language_model.model"} & set(model.freeze):
         raise InputError("--model.loss.lm trains the language_model, which --model.freeze freezes; drop one")
     if model.hidden_layer and not loss.lm:
@@ -124,6 +120,22 @@ def check(config: PolicyConfig) -> None:
             f"give --model.language_layers {model.hidden_layer}, or that loss"
         )
     _check_parts(config)
+
+
+def check_losses(config: PolicyConfig) -> None:
+    """Raises InputError if a new run would leave some of the actions' dimensions untrained."""
+    for what, names in _terms(config).items():
+        if not sum(getattr(config.model.loss, name) for name in names):
+            raise InputError(f"the loss weights {', '.join(names)} are all 0, so the {what} learn nothing; raise one")
+
+
+def _terms(config: PolicyConfig) -> dict[str, list[str]]:
+    """The terms of the loss that teach these dimensions."""
+    head, grippers = config.model.head, set(config.model.gripper_dims)
+    if head != "regression":
+        return {"actions": ["flow" if head == "flow" else "ce"]}
+    others = {"other dimensions": ["l1", "mse"]} if len(grippers) < config.action_dim else {}
+    return ({"gripper dimensions": ["bce"]} if grippers else {}) | others
 
 
 def _check_backbone(config: PolicyConfig) -> None:
