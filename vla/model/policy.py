@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from huggingface_hub import PyTorchModelHubMixin
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -25,11 +24,11 @@ from vla.config import LoraConfig
 from vla.model import backbone, encoders, observation, pretrained
 from vla.model.graph import Graph
 from vla.model.heads import HEADS
+from vla.model.load import load
 from vla.model.lora import add_adapters, merge_adapters, submodule
 from vla.model.normalize import Normalizer
 from vla.model.spec import DatasetSpec, PolicyConfig, check
-from vla.options import check_policy, from_dict, run_folder
-from vla.shards import Rows
+from vla.options import check_policy
 
 
 class VLAPolicy(nn.Module, PyTorchModelHubMixin):
@@ -217,34 +216,8 @@ class VLAPolicy(nn.Module, PyTorchModelHubMixin):
         """
         if unknown := sorted(mixin.keys() - set(hub.OPTIONS)):  # the mixin gives its own always
             raise TypeError(f"from_pretrained has no option {', '.join(unknown)}")
-        folder = Path(model_id)
-        settings = from_dict(PolicyConfig, config, str(folder / "config.json"))
         moved = {"backbone": backbone, "vision_backbone": vision_backbone, "language_backbone": language_backbone}
-        moved = {n: str(Path(p).resolve() if Path(p).is_dir() else p) for n, p in moved.items() if p}
-        if moved and not (settings.model.backbone or settings.model.vision_backbone):
-            raise InputError(f"{folder} has no pretrained backbone; leave out --{' and --'.join(moved)}")
-        if settings.model.attention == "flash_attention_2":  # an export loads anywhere
-            moved["attention"] = "sdpa"
-        settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, **moved))
-        saved = None
-        if settings.model.backbone or settings.model.vision_backbone:
-            places = folder / "backbone", run_folder(folder) / "backbone"  # a checkpoint's is that of its run
-            saved = next((place for place in places if place.is_dir()), None)
-            if saved is None:
-                raise InputError(f"{folder} has no folder backbone (tokenizer, configuration); copy its run's to it")
-        policy = cls(settings, saved, weights=bool(settings.base))
-        policy.check_base(settings.base, folder)
-        own = policy.state_dict()
-        try:
-            weights = Rows.of(folder, "model")
-        except (OSError, SafetensorError) as failure:
-            raise InputError(f"the weights in {folder} cannot be read ({failure}); export the policy again") from None
-        needed = own.keys() - (policy._base - weights.parts.keys() if settings.base else set())
-        weights.fill({name: own[name] for name in needed}, f"the weights in {folder}")
-        policy.keep(weights.parts)
-        policy.state_norm.require()
-        policy.action_norm.require()
-        return policy.to(map_location).eval()
+        return load(cls, Path(model_id), config, moved).to(map_location).eval()
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """What save_pretrained calls: all weights, or with adapters them and what else was trained, and a reference."""
