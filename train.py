@@ -172,7 +172,7 @@ def main(config: TrainConfig) -> None:
         ending = step == steps or guard.stopping or judge.out_of_patience(state)
         judged = evaluating and state["evaluated"] == step
         # What was saved here before its evaluation, as a signal ended the run, is saved again with it.
-        if improved or saving or (ending and step != saved_step) or (judged and step == saved_step):
+        if improved or saving or (judged if step == saved_step else ending):
             guard.go_on(f"saving step {step}")
             state |= guard.state() | {"step": step, "seconds": seconds_before + time.perf_counter() - started}
             saver.save(state)
